@@ -1,0 +1,45 @@
+"""mahlstick: ControlNet and IP-Adapter as units that clip onto any Stable Diffusion pipeline.
+
+The public names load on first use, so that ``import mahlstick`` stays free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mahlstick.errors import MahlstickError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ControlNet": "adapters.controlnet",
+    "IPAdapter": "adapters.ip_adapter",
+    "Adapter": "adapters.base",
+    "Attachment": "adapters.base",
+    "load_adapter": "adapters.load",
+    "inspect": "adapters.formats",
+    "Control": "pipelines.units",
+    "ImagePrompt": "pipelines.units",
+    "attach": "pipelines.attach",
+    "load_pipeline": "pipelines.load",
+    "Request": "pipelines.request",
+    "Result": "pipelines.generate",
+    "generate": "pipelines.generate",
+    "replay": "pipelines.generate",
+}
+
+__all__ = ["MahlstickError", "__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'mahlstick' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mahlstick.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
