@@ -1,0 +1,223 @@
+"""IP-Adapter files: every layout to the original repository's flat keys, and the config from shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mahlstick.errors import MahlstickError
+
+# Published resamplers have heads of 64 channels; the file cannot tell.
+_HEAD_WIDTH = 64
+# The published MLP projector ("full") takes all hidden states of a ViT-H/14: 256 patches and the class token.
+_MLP_TOKENS = 257
+
+_PROJECTOR = "encoder_hid_proj.image_projection_layers."
+_TRAINING_PROJECTOR = "image_proj_model."
+# diffusers' module names inside the UNet to the original's, one list per projector.
+_DIFFUSERS_LINEAR = {"image_embeds": "proj"}
+_DIFFUSERS_MLP = {"ff.net.0.proj": "proj.0", "ff.net.2": "proj.2", "norm": "proj.3"}
+_DIFFUSERS_RESAMPLER = {
+    "ln0": "0.norm1",
+    "ln1": "0.norm2",
+    "attn.to_q": "0.to_q",
+    "attn.to_out.0": "0.to_out",
+    "ff.0": "1.0",
+    "ff.1.net.0.proj": "1.1",
+    "ff.1.net.2": "1.3",
+}
+_BLOCK_ORDER = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
+
+
+def is_face_id(names: Iterable[str]) -> bool:
+    """FaceID's projectors take a face recogniser's embedding, and its attention layers carry LoRA weights."""
+    names = list(names)
+    projector = {"image_proj.proj.0.weight", "image_proj.norm.weight"} <= set(names)
+    return projector or any("perceiver_resampler." in name or "to_q_lora" in name for name in names)
+
+
+def from_training(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original training script's checkpoint (``unet.*``, ``image_proj_model.*``, ``adapter_modules.*``).
+
+    Saved as safetensors, the shared attention weights may stand under their ``unet.*`` names only.
+    """
+    projector = _below(tensors, _TRAINING_PROJECTOR, "image_proj.")
+    layers = _below(tensors, "adapter_modules.", "ip_adapter.")
+    if not layers:
+        layers = _layers_by_name({k: v for k, v in tensors.items() if re.search(r"\.to_[kv]_ip\.weight$", k)})
+    return projector | {name: value for name, value in layers.items() if "_ip." in name}
+
+
+def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' UNet state dict after ``load_ip_adapter``: the projector and attention weights of its one adapter."""
+    adapters = {name[len(_PROJECTOR) :].split(".")[0] for name in tensors if name.startswith(_PROJECTOR)}
+    if adapters != {"0"}:
+        raise MahlstickError(f"it holds {len(adapters)} IP-Adapters in one UNet: save it with one of them loaded")
+    projector = _below(tensors, f"{_PROJECTOR}0.", "")
+    if "image_embeds.weight" in projector:
+        renamed = {_swap(name, _DIFFUSERS_LINEAR): value for name, value in projector.items()}
+    elif "latents" in projector:
+        renamed = _resampler_from_diffusers(projector)
+    else:
+        renamed = {_swap(name, _DIFFUSERS_MLP): value for name, value in projector.items()}
+    layers = _layers_by_name({k: v for k, v in tensors.items() if re.search(r"\.to_[kv]_ip\.0\.weight$", k)})
+    return {f"image_proj.{name}": value for name, value in renamed.items()} | layers
+
+
+def _resampler_from_diffusers(projector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, value in projector.items():
+        layer = re.match(r"layers\.\d+\.", name)
+        if layer is None:
+            renamed[name] = value
+        elif name.endswith("attn.to_k.weight"):
+            halves = [value, projector.get(name.replace("to_k", "to_v"), value[:0])]
+            renamed[f"{layer[0]}0.to_kv.weight"] = torch.cat(halves)
+        elif not name.endswith("attn.to_v.weight"):
+            renamed[layer[0] + _swap(name[layer.end() :], _DIFFUSERS_RESAMPLER)] = value
+    return renamed
+
+
+def _swap(name: str, modules: Mapping[str, str]) -> str:
+    """The name with its module part renamed, where the table has it."""
+    module, _, leaf = name.rpartition(".")
+    return f"{modules.get(module, module)}.{leaf}" if module else leaf
+
+
+def _layers_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``….attn2.processor.to_k_ip[.0].weight`` to ``ip_adapter.{1,3,5,…}.to_k_ip.weight``.
+
+    The number is the place among the UNet's attention processors, which diffusers lists down, up, middle, each
+    cross-attention (odd) behind its self-attention (even).
+    """
+    places = sorted({name.split(".to_")[0] for name in tensors}, key=_place)
+    index = {place: 2 * i + 1 for i, place in enumerate(places)}
+    renamed = {}
+    for name, value in tensors.items():
+        place, _, weight = name.partition(".to_")
+        renamed[f"ip_adapter.{index[place]}.to_{weight[0]}_ip.weight"] = value
+    return renamed
+
+
+def _place(name: str) -> tuple[int, ...]:
+    block = next((order for part, order in _BLOCK_ORDER.items() if part in name), len(_BLOCK_ORDER))
+    return block, *(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str, instead: str) -> dict[str, Tensor]:
+    return {instead + name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def config_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's config from the shapes of its tensors, under the original's flat keys, and from what is given.
+
+    A resampler's ``heads`` and ``head_dim`` are None where its width is no multiple of the published heads' and
+    neither is given. Raises MahlstickError if the projector is none that we know.
+    """
+    found = re.compile(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
+    hidden = {match[1]: value.shape[0] for name, value in tensors.items() if (match := found.fullmatch(name))}
+    if not hidden:
+        raise MahlstickError("it lacks the attention weights ip_adapter.1.to_k_ip.weight and following")
+    shapes = {name.removeprefix("image_proj."): tuple(value.shape) for name, value in tensors.items()}
+    config = _projector_of(shapes, given) | {"layers": {index: hidden[index] for index in sorted(hidden, key=int)}}
+    return config | {name: value for name, value in given.items() if name not in ("heads", "head_dim", "layers")}
+
+
+def _projector_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        if "proj.weight" in shapes:
+            cross = shapes["norm.weight"][0]
+            tokens, features = shapes["proj.weight"][0] // cross, shapes["proj.weight"][1]
+            return {"projector": "linear", "tokens": tokens, "feature_dim": features, "cross_attention_dim": cross}
+        if "proj.3.weight" in shapes:
+            cross, features = shapes["proj.3.weight"][0], shapes["proj.0.weight"][1]
+            return {"projector": "mlp", "tokens": _MLP_TOKENS, "feature_dim": features, "cross_attention_dim": cross}
+        if "latents" in shapes:
+            return _resampler_of(shapes, given)
+    except KeyError as error:
+        raise MahlstickError(f"its projector lacks image_proj.{error.args[0]}") from error
+    raise MahlstickError(
+        "its projector is none of linear (image_proj.proj.weight), resampler (image_proj.latents) and mlp "
+        "(image_proj.proj.3.weight)"
+    )
+
+
+def _resampler_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    inner = shapes["layers.0.0.to_q.weight"][0]
+    head_dim = given.get("head_dim") or (None if inner % _HEAD_WIDTH else _HEAD_WIDTH)
+    heads = given.get("heads") or (inner // head_dim if head_dim else None)
+    return {
+        "projector": "resampler",
+        "tokens": shapes["latents"][1],
+        "feature_dim": shapes["proj_in.weight"][1],
+        "cross_attention_dim": shapes["proj_out.weight"][0],
+        "heads": heads,
+        "depth": len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
+        "head_dim": inner // heads if heads else None,
+    }
+
+
+def check_heads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise MahlstickError unless a resampler's heads are known and divide its width."""
+    if config["projector"] != "resampler":
+        return
+    width = tensors["image_proj.layers.0.0.to_q.weight"].shape[0]
+    if not config["heads"] or config["heads"] * config["head_dim"] != width:
+        raise MahlstickError(f"the file cannot tell the heads of its resampler ({width} channels): give heads=")
+
+
+def expected(config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of an adapter of this config, under the original's flat keys."""
+    try:
+        cross = config["cross_attention_dim"]
+        shapes = {f"image_proj.{name}": shape for name, shape in _PROJECTORS[config["projector"]](config).items()}
+        for position, hidden in enumerate(config["layers"].values()):
+            for side in "kv":
+                shapes[f"ip_adapter.{2 * position + 1}.to_{side}_ip.weight"] = (hidden, cross)
+    except KeyError as error:
+        raise MahlstickError(f"its config makes no IP-Adapter ({error.args[0]} is missing or unknown)") from error
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _layer_norm(name: str, width: int) -> _Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> _Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _linear_projector(config: Mapping[str, Any]) -> _Shapes:
+    cross = config["cross_attention_dim"]
+    return _linear("proj", config["feature_dim"], config["tokens"] * cross) | _layer_norm("norm", cross)
+
+
+def _mlp_projector(config: Mapping[str, Any]) -> _Shapes:
+    features, cross = config["feature_dim"], config["cross_attention_dim"]
+    return _linear("proj.0", features, features) | _linear("proj.2", features, cross) | _layer_norm("proj.3", cross)
+
+
+def _resampler(config: Mapping[str, Any]) -> _Shapes:
+    cross = config["cross_attention_dim"]
+    width = config["heads"] * config["head_dim"]
+    shapes: _Shapes = {"latents": (1, config["tokens"], width)}
+    shapes |= _linear("proj_in", config["feature_dim"], width) | _linear("proj_out", width, cross)
+    shapes |= _layer_norm("norm_out", cross)
+    for layer in range(config["depth"]):
+        attention, feed_forward = f"layers.{layer}.0", f"layers.{layer}.1"
+        shapes |= _layer_norm(f"{attention}.norm1", width) | _layer_norm(f"{attention}.norm2", width)
+        shapes[f"{attention}.to_q.weight"] = shapes[f"{attention}.to_out.weight"] = (width, width)
+        shapes[f"{attention}.to_kv.weight"] = (2 * width, width)
+        shapes |= _layer_norm(f"{feed_forward}.0", width)
+        shapes |= {f"{feed_forward}.1.weight": (4 * width, width), f"{feed_forward}.3.weight": (width, 4 * width)}
+    return shapes
+
+
+_PROJECTORS = {"linear": _linear_projector, "mlp": _mlp_projector, "resampler": _resampler}
