@@ -1,0 +1,270 @@
+"""What to make, as one typed value: JSON in and out, versioned, checked field by field."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from mahlstick.errors import MahlstickError
+from mahlstick.pictures import load_mask, load_picture
+
+SIDE_LIMIT = 8192  # pixels
+SEED_LIMIT = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+_DATA_URL = "data:image/png;base64,"
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture as PNG in a ``data:`` URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return _DATA_URL + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _decoded(source: Any, name: str) -> Any:
+    if not (isinstance(source, str) and source.startswith("data:")):
+        return source
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True)))
+    except (ValueError, OSError) as error:
+        raise MahlstickError(f"{name}: the data URL holds no picture; embed a PNG or JPEG as base64") from error
+
+
+def open_picture(source: Any, name: str) -> Image.Image:
+    """:func:`mahlstick.pictures.load_picture` that also reads ``data:`` URLs."""
+    return load_picture(_decoded(source, name), name=name)
+
+
+def open_mask(source: Any, name: str) -> Image.Image:
+    """:func:`mahlstick.pictures.load_mask` that also reads ``data:`` URLs."""
+    return load_mask(_decoded(source, name), name=name)
+
+
+def _check_picture(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | Image.Image | np.ndarray):
+        return value
+    raise ValueError("should be a path, a PIL picture, a NumPy array or a data URL")
+
+
+def _check_adapter(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str) or callable(getattr(value, "attach", None)):
+        return value
+    raise ValueError("should be a path, a name such as 'lineart', or an adapter object")
+
+
+def _dump_picture(value: Any) -> str:
+    return value if isinstance(value, str) else data_url(load_picture(value))
+
+
+def _dump_mask(value: Any) -> str:
+    return value if isinstance(value, str) else data_url(load_mask(value))
+
+
+def _dump_adapter(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise MahlstickError(
+        f"adapter: a {type(value).__name__} object cannot be written as JSON; save_pretrained it and give the path"
+    )
+
+
+def _json(dump: Callable[[Any], str]) -> PlainSerializer:
+    return PlainSerializer(dump, return_type=str, when_used="json-unless-none")
+
+
+Picture = Annotated[Any, BeforeValidator(_check_picture), _json(_dump_picture)]
+Mask = Annotated[Any, BeforeValidator(_check_picture), _json(_dump_mask)]
+AdapterSource = Annotated[Any, BeforeValidator(_check_adapter), _json(_dump_adapter)]
+Scale = Annotated[float, Field(ge=-10.0, le=10.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Side = Annotated[int, Field(ge=8, le=SIDE_LIMIT, multiple_of=8)]
+Seed = Annotated[int, Field(ge=0, le=SEED_LIMIT)]
+
+
+def _field(location: Iterable[int | str]) -> str:
+    """("controls", 0, "scale") -> "controls[0].scale"; pydantic's names for the arms of a union are left out."""
+    text = ""
+    for part in location:
+        if isinstance(part, str) and not part.isidentifier():
+            continue
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    inner = {"controls": ControlSpec, "image_prompts": ImagePromptSpec}
+    return list(inner.get(str(location[0]), model).model_fields if len(location) > 1 else model.model_fields)
+
+
+def one_line(model: type[BaseModel], error: ValidationError) -> str:
+    """The first fault of a ValidationError as a sentence that names the field."""
+    faults = error.errors(include_url=False)
+    # Of the arms of a union (a number or a list) the one that got furthest is the one that was meant.
+    fault = max((f for f in faults if f["loc"][:1] == faults[0]["loc"][:1]), key=lambda f: len(f["loc"]))
+    location = fault["loc"]
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should", "should").rstrip(".")
+    given = fault.get("input")
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _known_fields(model, location), n=1)
+        message = f"is not a field{f'; did you mean {close[0]}?' if close else ''}"
+    elif location == ("version",):
+        message = f"{given!r} is not known here; it was written by a newer mahlstick: update this one"
+    elif fault["type"] == "missing":
+        message = "is missing"
+    elif fault["type"] == "json_invalid":
+        return f"{model.__name__.lower()}: not valid JSON ({message})"
+    elif isinstance(given, str | int | float) and fault["type"] != "value_error":
+        message += f", not {str(given)[:60]!r}" if isinstance(given, str) else f", not {given}"
+    field = _field(location)
+    return f"{field}: {message}" if field else message
+
+
+class Spec(BaseModel):
+    """A pydantic model whose faults are :class:`MahlstickError` sentences."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise MahlstickError(one_line(type(self), error)) from None
+
+    # Without this mark pydantic would call __init__ for nested specs too, and the outer field names would be lost.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Reads what :meth:`to_json` wrote, by this or an earlier version."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise MahlstickError(one_line(cls, error)) from None
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """JSON text; pictures given as objects become ``data:`` URLs, adapters given as objects are refused."""
+        return json.dumps(self.model_dump(mode="json"), indent=indent, ensure_ascii=False)
+
+
+class _Unit(Spec):
+    scale: Scale | list[Scale] = 1.0
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+    mask: Mask | None = None
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.start > self.end:
+            raise ValueError(f"start {self.start:g} lies after end {self.end:g}; swap them")
+        return self
+
+
+class ControlSpec(_Unit):
+    """A control net and the picture it follows."""
+
+    adapter: AdapterSource = Field(description="path or hub id of the weights, or an embedded net such as 'lineart'")
+    image: Picture = Field(description="the control picture, or with annotator the picture it is made from")
+    annotator: str | None = Field(None, description="makes the control picture from image, e.g. 'canny'")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the annotator")
+    mode: Literal["balanced", "prompt", "control", "guess"] = "balanced"
+    resize: Literal["stretch", "crop", "pad"] = "stretch"
+
+
+class ImagePromptSpec(_Unit):
+    """An IP-Adapter and its reference pictures."""
+
+    adapter: AdapterSource = Field(
+        "ip_adapter", description="path or hub id of the weights; left open, the embedded one"
+    )
+    image_encoder: str | None = Field(None, description="folder or hub id of the CLIP vision model, where needed")
+    images: list[Picture] = Field(min_length=1, max_length=64)
+    blocks: Literal["all", "style", "layout"] | dict[str, Scale] = "all"
+    negative: Picture | None = None
+
+
+class Request(Spec):
+    """What to make. Every field has a default but the prompt, and ``generate`` fills in what was left open."""
+
+    version: Literal[1] = 1
+    prompt: str = Field(max_length=20_000)
+    negative_prompt: str = Field("", max_length=20_000)
+    base: str = Field("embedded", min_length=1, description="'embedded', a folder, a hub id or a .safetensors file")
+    base_config: str | None = Field(None, description="folder or hub id with the configs of a single-file base")
+    seed: Seed | None = Field(None, description="picture i is made from seed + i; left open, one is drawn")
+    seeds: list[Seed] | None = Field(None, min_length=1, max_length=10_000, description="one per picture")
+    images: int = Field(1, ge=1, le=10_000, description="how many pictures")
+    batch: int = Field(1, ge=1, le=256, description="how many go through the model together")
+    steps: int = Field(20, ge=1, le=1000)
+    guidance: float = Field(7.5, ge=0.0, le=100.0)
+    width: Side | None = None
+    height: Side | None = None
+    scheduler: str | None = Field(None, description="a short or diffusers' name; left open, the base model's own")
+    init: Picture | None = Field(None, description="image-to-image: the picture to start from")
+    strength: float = Field(0.8, gt=0.0, le=1.0, description="how much of init is repainted")
+    mask: Mask | None = Field(None, description="inpainting: white is repainted, black stays byte for byte")
+    controls: list[ControlSpec] = Field(default_factory=list, max_length=32)
+    image_prompts: list[ImagePromptSpec] = Field(default_factory=list, max_length=32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "images" not in fields and isinstance(fields.get("seeds"), list):
+            return {**fields, "images": max(len(fields["seeds"]), 1)}
+        return fields
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.seeds is not None and self.seed is not None:
+            raise ValueError("seed and seeds are both given; keep one")
+        if self.seeds is not None and len(self.seeds) != self.images:
+            raise ValueError(f"seeds: {len(self.seeds)} seeds for {self.images} images; give one each")
+        if self.mask is not None and self.init is None:
+            raise ValueError("mask: inpainting needs init, the picture to repaint")
+        if self.init is not None and int(self.steps * self.strength) < 1:
+            raise ValueError(
+                f"strength: {self.strength:g} of {self.steps} steps leaves no step; raise strength or steps"
+            )
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height: give both or neither")
+        return self
+
+    @property
+    def task(self) -> Literal["text", "img2img", "inpaint"]:
+        return "text" if self.init is None else "img2img" if self.mask is None else "inpaint"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a request from a JSON file; paths in it are relative to the working directory."""
+        try:
+            return cls.from_json(Path(path).read_bytes())
+        except OSError as error:
+            raise MahlstickError(f"{path}: cannot be read ({error.strerror}); give a JSON request file") from error
+        except MahlstickError as error:
+            raise MahlstickError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the request as JSON, all or nothing."""
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(self.to_json() + "\n", encoding="utf-8")
+            os.replace(part, target)
+        except OSError as error:
+            raise MahlstickError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        finally:
+            part.unlink(missing_ok=True)
+        return target
