@@ -1,0 +1,248 @@
+"""What every adapter shares: weights with a config, and the attachment that clips them on a UNet.
+
+An :class:`Adapter` holds weights and nothing of any run. Everything a run needs (the condition, the dose, caches)
+lives in an :class:`Attachment`, and goes with it. An attachment speaks to the UNet through module hooks only: no
+method is replaced and no attention processor is exchanged, so whatever else changes the UNet (LoRA, attention
+slicing, offload) keeps working, and taking the hooks off leaves the UNet as it was.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from mahlstick.adapters import formats
+from mahlstick.errors import MahlstickError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+Timestep = Tensor | float | int
+
+
+class Adapter(nn.Module, ABC):
+    """Weights that steer a UNet, with the config that rebuilds them."""
+
+    kind: ClassVar[str]
+    config: dict[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build the adapter with fresh weights."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str], *, dtype: torch.dtype | None = None, **config: Any) -> Self:
+        """Load a file, folder or hub id in any published layout.
+
+        ``config`` gives what a file cannot tell (``heads=``), ``dtype`` casts the weights. Raises ``MahlstickError``
+        where the file is not this kind of adapter, is damaged, or has missing or unexpected keys.
+        """
+        settings, state = formats.read(path, cls.kind, **config)
+        return cls._from_state(settings, state, dtype)
+
+    @classmethod
+    def _from_state(cls, config: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype | None = None) -> Self:
+        # On the meta device nothing is allocated or initialised that the state dict replaces anyway.
+        with torch.device("meta"):
+            adapter = cls.from_config(config)
+        if dtype is not None:
+            state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        adapter.load_state_dict(state, strict=True, assign=True)
+        return adapter.eval().requires_grad_(True)
+
+    def save_pretrained(self, path: str | PathLike[str], layout: str | None = None) -> Path:
+        """Write weights and config to ``path``; returns the file or folder written.
+
+        The default layout is the one that diffusers' own loaders read.
+        """
+        options = {} if layout is None else {"layout": layout}
+        return formats.write(path, self.kind, dict(self.config), self.state_dict(), **options)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class Clock:
+    """What an attachment may ask of the run that a UNet call belongs to. This one is a bare UNet's, which knows little.
+
+    ``parts`` names the equal parts of the batch in order: ``("cond",)`` without guidance, ``("uncond", "cond")`` with
+    it, None where nobody told. ``train_timesteps`` is the length of the noise schedule.
+    """
+
+    train_timesteps: int = 1000
+
+    def __init__(self, parts: tuple[str, ...] | None = None) -> None:
+        self._parts = parts
+
+    @property
+    def parts(self) -> tuple[str, ...] | None:
+        return self._parts
+
+    def position(self, timestep: Timestep) -> tuple[int, int]:
+        """This call's step and the number of steps."""
+        raise MahlstickError(
+            "a window in steps needs a pipeline to count them: attach to the pipeline, not to its bare UNet."
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a run in which a unit acts.
+
+    Counted in ``steps`` a unit acts at step i of n where ``start <= i / n`` and ``(i + 1) / n <= end``, as in
+    diffusers. Counted in ``noise`` the fractions are of the noise schedule, as ComfyUI counts percent: 0 is the
+    noisiest training timestep and 1 the cleanest.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    unit: Literal["steps", "noise"] = "steps"
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.start <= 1.0 and 0.0 <= self.end <= 1.0 and self.start < self.end):
+            raise MahlstickError(
+                f"start and end must be fractions with 0 <= start < end <= 1; got {self.start} and {self.end}."
+            )
+        if self.unit not in ("steps", "noise"):
+            raise MahlstickError(f"window must be 'steps' or 'noise'; got {self.unit!r}.")
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0.0 and self.end == 1.0
+
+    def holds(self, clock: Clock, timestep: Timestep) -> bool:
+        """Whether a UNet call at this timestep lies inside."""
+        if self.whole:
+            return True
+        if self.unit == "noise":
+            done = 1.0 - float(torch.as_tensor(timestep).flatten()[0]) / (clock.train_timesteps - 1)
+            return self.start <= done <= self.end
+        step, steps = clock.position(timestep)
+        return self.start <= step / steps and (step + 1) / steps <= self.end
+
+
+def spread(rows: Tensor, batch: int, parts: Sequence[str] | None) -> Tensor:
+    """Give every row of the batch its condition: ``(n, ...)`` to ``(batch, ...)``.
+
+    One condition serves all rows. n conditions serve n pictures or n prompts: those of a prompt's pictures lie side
+    by side, and every part of the batch (see :class:`Clock`) repeats them. Raises ``MahlstickError`` where n does not
+    divide.
+    """
+    n = rows.shape[0]
+    if n == batch:
+        return rows
+    if n == 1:
+        return rows.expand(batch, *rows.shape[1:])
+    count = len(parts) if parts else 1
+    if parts is None or batch % (count * n):
+        raise MahlstickError(
+            f"{n} conditions do not fit a batch of {batch // count}: give one, or one for each picture of the batch."
+        )
+    return rows.repeat_interleave(batch // (count * n), dim=0).repeat(count, *[1] * (rows.ndim - 1))
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def unet_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """One UNet call's arguments by name."""
+    return {**dict(zip(_unet_parameters(), args, strict=False)), **kwargs}
+
+
+def _unet_parameters() -> tuple[str, ...]:
+    if not _UNET_PARAMETERS:
+        from diffusers import UNet2DConditionModel
+
+        _UNET_PARAMETERS.extend(list(signature(UNet2DConditionModel.forward).parameters)[1:])
+    return tuple(_UNET_PARAMETERS)
+
+
+_UNET_PARAMETERS: list[str] = []
+
+
+class Attachment(ABC):
+    """An adapter clipped on a UNet: owns the run's state and the hooks; a context manager that detaches.
+
+    Building one only checks; :meth:`fasten` changes the UNet. ``detach`` may be called again and in any order.
+    """
+
+    def __init__(
+        self, adapter: Adapter, unet: UNet2DConditionModel, window: Window | None, clock: Clock | None
+    ) -> None:
+        formats.require_fit(adapter.kind, dict(adapter.config), dict(unet.config))
+        self.adapter = adapter
+        self.unet = cast("UNet2DConditionModel", unwrap(unet))
+        self.window = window or Window()
+        self.clock = clock or Clock()
+        self._handles: list[Any] = []
+
+    def fasten(self) -> Self:
+        """Register the hooks; all of them or none."""
+        try:
+            self._handles.append(self.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True))
+            self._fasten()
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def _fasten(self) -> None:  # noqa: B027 - nothing more by default
+        """Register hooks beyond the one on the UNet's call."""
+
+    def detach(self) -> None:
+        """Take every hook off and let go of the run's tensors."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._forget()
+
+    def _forget(self) -> None:  # noqa: B027 - nothing kept by default
+        """Drop cached tensors."""
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _before_unet(
+        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        arguments = unet_arguments(args, kwargs)
+        acts = self.acts and self.window.holds(self.clock, arguments["timestep"])
+        if acts:
+            # A module outside pipe.components does not follow the pipeline's device moves, so we place it.
+            sample = arguments["sample"]
+            if self.adapter.device != sample.device:
+                self.adapter.to(sample.device)
+        return self._contribute(arguments, self.clock.parts, acts)
+
+    @property
+    @abstractmethod
+    def acts(self) -> bool:
+        """Whether the dose is more than nothing."""
+
+    @abstractmethod
+    def _contribute(
+        self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Prepare this UNet call: returns changed arguments, or None to leave them."""

@@ -1,0 +1,233 @@
+"""Units: an adapter with its condition and its dose, ready to be clipped on a pipeline."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mahlstick import pictures
+from mahlstick.adapters.base import Attachment, Clock, Window
+from mahlstick.adapters.controlnet import ControlAttachment, ControlNet, Mode
+from mahlstick.adapters.ip_adapter import Blocks, ImageAttachment, IPAdapter
+from mahlstick.errors import MahlstickError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+# What a person may hand over as a picture: a path, a PIL picture, NumPy (H, W[, C]) or torch (batch, 3, H, W).
+PictureLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
+
+
+class Unit(ABC):
+    """An adapter with its condition and its dose."""
+
+    @abstractmethod
+    def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> Attachment:
+        """Check everything and return the attachment, not yet fastened.
+
+        Raises ``MahlstickError`` where the unit does not fit.
+        """
+
+
+@dataclass(eq=False)
+class Control(Unit):
+    """A ControlNet with its control picture.
+
+    ``image``: one picture, or a list with one for each picture of the batch; a tensor ``(n, 3, H, W)`` in [0, 1] is
+    used as it is, other pictures are brought to the size that is made (``resize``: stretch, crop or pad).
+    ``scale``: a number, or one for each residual in the order of the network, the middle block last.
+    ``start``, ``end``: fractions of the steps, or of the noise schedule with ``window="noise"``.
+    ``mask``: 1 or white where the unit acts. ``mode``: ``balanced``, ``prompt``, ``control`` or ``guess``.
+    """
+
+    net: ControlNet
+    image: PictureLike | Sequence[PictureLike]
+    scale: float | Sequence[float] = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: PictureLike | None = None
+    mode: Mode = "balanced"
+    resize: pictures.ResizeMode = "stretch"
+    window: Literal["steps", "noise"] = "steps"
+
+    def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> ControlAttachment:
+        if not isinstance(self.net, ControlNet):
+            raise MahlstickError(f"Control takes a ControlNet; got {type(self.net).__name__}.")
+        return ControlAttachment(
+            self.net,
+            unet,
+            _Resized(self.image, self.resize),
+            self.scale,
+            as_mask(self.mask),
+            self.mode,
+            Window(self.start, self.end, self.window),
+            clock,
+        )
+
+
+@dataclass(eq=False)
+class ImagePrompt(Unit):
+    """An IP-Adapter with its reference pictures.
+
+    ``images``: one reference; a list as long as the batch (one each); any other list (all of them for every picture);
+    or a list of lists (for each picture of the batch its own). ``features`` is the encoder's output instead of
+    pictures, pooled ``(n, feature_dim)`` or per patch ``(n, length, feature_dim)``.
+    ``negative``, ``negative_features``: what the unconditional half sees; without them no picture.
+    ``mask``: 1 or white where the unit acts. ``blocks``: ``all``, ``style``, ``layout`` or a share for each block by
+    name.
+    """
+
+    adapter: IPAdapter
+    images: PictureLike | Sequence[PictureLike] | Sequence[Sequence[PictureLike]] | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: PictureLike | None = None
+    blocks: Blocks = "all"
+    negative: PictureLike | Sequence[PictureLike] | None = None
+    features: Tensor | None = None
+    negative_features: Tensor | None = None
+    window: Literal["steps", "noise"] = "steps"
+
+    def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> ImageAttachment:
+        if not isinstance(self.adapter, IPAdapter):
+            raise MahlstickError(f"ImagePrompt takes an IPAdapter; got {type(self.adapter).__name__}.")
+        window, mask = Window(self.start, self.end, self.window), as_mask(self.mask)
+        # Built once without tokens, so that a unit that does not fit is refused before any picture is encoded.
+        attachment = ImageAttachment(
+            self.adapter, unet, torch.empty(0), None, self.scale, mask, self.blocks, window, clock
+        )
+        attachment.use(*self._tokens(pipe))
+        return attachment
+
+    @torch.no_grad()
+    def _tokens(self, pipe: DiffusionPipeline | None) -> tuple[_References, Tensor]:
+        encoder = (getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None))
+        groups = [1]
+        if (self.images is None) == (self.features is None):
+            raise MahlstickError("ImagePrompt needs either images= or features=.")
+        if self.features is not None:
+            features, nothing = self.features, torch.zeros_like(self.features[:1])
+        else:
+            references, groups = _grouped(self.images)
+            features, nothing = self.adapter.features(references, encoder)
+        if self.negative_features is not None:
+            nothing = self.negative_features
+        elif self.negative is not None:
+            nothing, _ = self.adapter.features(_flat(self.negative, "negative"), encoder)
+        tokens = _References(self.adapter.tokens(features), groups)
+        return tokens, _joined(self.adapter.tokens(nothing))
+
+
+class _Resized:
+    """Control pictures at whatever size is made: ``(height, width)`` to ``(n, 3, height, width)``."""
+
+    def __init__(self, image: Any, mode: pictures.ResizeMode) -> None:
+        self.mode = mode
+        self.tensor = _checked(image) if isinstance(image, Tensor) else None
+        self.pictures = [] if self.tensor is not None else _flat(image, "control picture")
+
+    def __call__(self, height: int, width: int) -> Tensor:
+        if self.tensor is not None:
+            return self.tensor
+        for picture in self.pictures:
+            if self.mode == "stretch" and pictures.aspect_differs(picture, (width, height)):
+                warnings.warn(
+                    f"a control picture of {picture.width}x{picture.height} is stretched to {width}x{height}; "
+                    "resize='crop' or 'pad' keeps its proportions",
+                    stacklevel=2,
+                )
+        sized = [pictures.resize(picture, (width, height), self.mode) for picture in self.pictures]
+        return torch.stack([_to_tensor(picture) for picture in sized])
+
+
+class _References:
+    """Image tokens by picture of the batch: ``n`` references in groups, one group for each picture or one for all."""
+
+    def __init__(self, tokens: Tensor, groups: list[int]) -> None:
+        self.tokens, self.groups = tokens, groups
+
+    def __call__(self, batch: int) -> Tensor:
+        if self.groups == [1] and len(self.tokens) == batch:
+            return self.tokens
+        if len(self.groups) == 1:
+            return _joined(self.tokens)
+        return torch.cat([_joined(group) for group in self.tokens.split(self.groups)])
+
+
+def _joined(tokens: Tensor) -> Tensor:
+    """Tokens ``(n, t, d)`` of n references as one longer prompt ``(1, n · t, d)``."""
+    return tokens.flatten(0, 1)[None]
+
+
+def _grouped(images: Any) -> tuple[list[Image.Image], list[int]]:
+    """References in one list, and how many each picture of the batch has; ``[1]`` where a flat list leaves that open."""
+    if (
+        isinstance(images, Sequence)
+        and not isinstance(images, str)
+        and any(isinstance(i, (list, tuple)) for i in images)
+    ):
+        groups = [_flat(group, "reference") for group in images]
+        if len({len(group) for group in groups}) != 1:
+            raise MahlstickError(
+                "every picture of the batch needs the same number of references; repeat one where it has fewer."
+            )
+        return [picture for group in groups for picture in group], [len(group) for group in groups]
+    return _flat(images, "reference"), [1]
+
+
+def _flat(images: Any, name: str) -> list[Image.Image]:
+    """One picture or several, as RGB pictures."""
+    if isinstance(images, Tensor):
+        images = [_from_tensor(row) for row in _checked(images)]
+    elif isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    elif not isinstance(images, (list, tuple)):
+        images = [images]
+    if not images:
+        raise MahlstickError(f"no {name} was given: the list is empty.")
+    flat = [_from_tensor(image) if isinstance(image, Tensor) else image for image in images]
+    return [pictures.load_picture(image, name=name) for image in flat]
+
+
+def _checked(image: Tensor) -> Tensor:
+    if image.ndim == 3:
+        image = image[None]
+    if image.ndim != 4 or not image.is_floating_point() or not bool(torch.isfinite(image).all()):
+        raise MahlstickError(
+            f"a picture as a tensor must be finite floats of shape (batch, 3, H, W); "
+            f"got {image.dtype} {tuple(image.shape)}."
+        )
+    return image
+
+
+def _from_tensor(image: Tensor) -> Image.Image:
+    image = _checked(image)[0]
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0).permute(2, 0, 1)
+
+
+def as_mask(mask: Any) -> Tensor | None:
+    """A mask ``(n, 1, H, W)`` in [0, 1] from a picture, a path, an array or a tensor ``([n, [1,]] H, W)``."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor):
+        while mask.ndim < 4:
+            mask = mask.unsqueeze(0) if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask[None]
+        if mask.shape[1] != 1 or not bool(((mask >= 0) & (mask <= 1)).all()):
+            raise MahlstickError(f"a mask as a tensor must be (n, 1, H, W) in [0, 1]; got shape {tuple(mask.shape)}.")
+        return mask.float()
+    picture = pictures.load_mask(mask, name="mask")
+    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0)[None, None]
