@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from mahlstick.adapters.base import Adapter, Attachment, Clock, Timestep, Window, spread, unwrap
 from mahlstick.errors import MahlstickError
 
-if TYPE_CHECKING:
-    Mode = Literal["balanced", "prompt", "control", "guess"]
-
-MODES = ("balanced", "prompt", "control", "guess")
+Mode = Literal["balanced", "prompt", "control", "guess"]
 
 # The picture at (height, width) in pixels, as (n, channels, height, width) in [0, 1].
 Picture = Callable[[int, int], Tensor]
@@ -389,8 +386,8 @@ def gains(scale: float | Sequence[float], mode: Mode, count: int, pooled: bool =
     does not apply them to nets with global pooling). Raises ``MahlstickError`` for a wrong number of scales or a
     scale that is no number.
     """
-    if mode not in MODES:
-        raise MahlstickError(f"mode must be one of {', '.join(MODES)}; got {mode!r}.")
+    if mode not in get_args(Mode):
+        raise MahlstickError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}.")
     scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)] * count
     if len(scales) != count:
         raise MahlstickError(

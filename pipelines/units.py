@@ -170,7 +170,7 @@ def _joined(tokens: Tensor) -> Tensor:
 
 
 def _grouped(images: Any) -> tuple[list[Image.Image], list[int]]:
-    """References in one list, and how many each picture of the batch has; ``[1]`` where a flat list leaves that open."""
+    """References in one list, and how many each picture has; ``[1]`` where a flat list leaves that open."""
     if (
         isinstance(images, Sequence)
         and not isinstance(images, str)

@@ -120,18 +120,18 @@ def write(
     wanted = _kind(kind)
     if layout not in ("diffusers", "original"):
         raise MahlstickError(f"layout {layout!r} is not known: write 'diffusers' or 'original'.")
-    plain = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
-        _require_match(state_dict, wanted.expected(plain))
+        whole = wanted.config_of(state_dict, {k: v for k, v in config.items() if not k.startswith("_")})
+        _require_match(state_dict, wanted.expected(whole))
     except MahlstickError as error:
         raise MahlstickError(f"{target} was not written: {error}.") from error
     if kind == "controlnet" and layout == "diffusers":
-        return save_folder(target, state_dict, plain, wanted.class_name)
+        return save_folder(target, state_dict, whole, wanted.class_name)
     if kind == "controlnet":
-        translated = controlnet.to_original(state_dict, plain)
+        translated = controlnet.to_original(state_dict, whole)
         state_dict = {f"control_model.{name}": value for name, value in translated.items()}
     file = target if target.suffix == ".safetensors" else target / f"{kind}.safetensors"
-    return save_tensors(file, state_dict, plain)
+    return save_tensors(file, state_dict, whole)
 
 
 def _kind(name: str) -> Kind:

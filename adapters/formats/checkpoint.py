@@ -88,28 +88,20 @@ def _locate(path: str | os.PathLike[str]) -> Path:
 
 
 def _download(name: str) -> Path:
-    """Fetch one file, or the config and the weights at the root of a repository; from the cache when offline."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    """Fetch a file, or the config and weights of a folder, of a repository on the hub; from the cache when offline."""
+    from huggingface_hub import HfApi, snapshot_download
 
     owner, repository, *inside = name.split("/", 2)
-    repo_id = f"{owner}/{repository}"
+    repo_id, inner = f"{owner}/{repository}", "".join(inside)
     try:
-        if inside and inside[0].endswith(_SUFFIXES):
-            return Path(hf_hub_download(repo_id, inside[0]))
-        prefix = f"{inside[0]}/" if inside else ""
         try:
-            listing = HfApi().list_repo_files(repo_id)
+            listing = [file.rfilename for file in HfApi().model_info(repo_id, timeout=10).siblings or ()]
         except Exception:
-            return Path(snapshot_download(repo_id, local_files_only=True), prefix)
-        names = [file[len(prefix) :] for file in listing if file.startswith(prefix)]
-        chosen = _choose(names)
-        if not chosen:
-            raise MahlstickError(f"{name} on the hub holds no single set of weights: name one file, {name}/file.")
-        for file in ["config.json", *chosen] if "config.json" in names else chosen:
-            fetched = Path(hf_hub_download(repo_id, prefix + file))
-        for file in _shards(fetched) if fetched.name.endswith(".json") else []:
-            hf_hub_download(repo_id, prefix + file)
-        return fetched.parent
+            cached = Path(snapshot_download(repo_id, local_files_only=True), inner)
+            if not cached.exists():
+                raise
+            return cached
+        return _fetch(repo_id, inner, listing)
     except MahlstickError:
         raise
     except Exception as error:  # The hub client's errors differ between its versions (requests, httpx).
@@ -117,6 +109,24 @@ def _download(name: str) -> Path:
             f"{name} is neither a file nor a folder here, and the hub did not give it ({type(error).__name__}): "
             "check the spelling, or download it and give its path."
         ) from error
+
+
+def _fetch(repo_id: str, inner: str, listing: list[str]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if inner in listing:
+        return Path(hf_hub_download(repo_id, inner))
+    prefix = f"{inner}/" if inner else ""
+    names = [file.removeprefix(prefix) for file in listing if file.startswith(prefix)]
+    chosen = _choose(names)
+    if len(chosen) != 1:
+        held = _some(chosen) if chosen else "no weights"
+        raise MahlstickError(f"{repo_id}/{inner} on the hub holds {held}: give {repo_id}/ and the path of one file.")
+    weights = Path(hf_hub_download(repo_id, prefix + chosen[0]))
+    beside = ["config.json"] if "config.json" in names else []
+    for file in beside + (_shards(weights) if _is_index(chosen[0]) else []):
+        hf_hub_download(repo_id, prefix + file)
+    return weights.parent if _is_index(chosen[0]) else weights
 
 
 def _choose(names: Iterable[str]) -> list[str]:
@@ -241,7 +251,10 @@ def _damaged(file: Path) -> MahlstickError:
 
 def _unpickle(file: Path, device: str) -> Any:
     try:
-        return torch.load(file, map_location=device, weights_only=True, mmap=_is_zip(file))
+        if _is_zip(file) and file.suffix != ".safetensors":
+            return torch.load(file, map_location=device, weights_only=True, mmap=True)
+        with file.open("rb") as handle:  # Given a path, torch.load goes by its suffix.
+            return torch.load(handle, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         raise MahlstickError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,13 +31,6 @@ _DIFFUSERS_RESAMPLER = {
     "ff.1.net.2": "1.3",
 }
 _BLOCK_ORDER = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
-
-
-def is_face_id(names: Iterable[str]) -> bool:
-    """FaceID's projectors take a face recogniser's embedding, and its attention layers carry LoRA weights."""
-    names = list(names)
-    projector = {"image_proj.proj.0.weight", "image_proj.norm.weight"} <= set(names)
-    return projector or any("perceiver_resampler." in name or "to_q_lora" in name for name in names)
 
 
 def from_training(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ LAYOUTS = (
     Layout(
         "ip_adapter_faceid",
         "original",
-        (r"perceiver_resampler\.|\.to_q_lora\.",),
+        (r"^image_proj\.perceiver_resampler\.|^ip_adapter\.\d+\.to_q_lora\.",),
         "an IP-Adapter FaceID",
         f"{_NOT_YET}, use a base, plus or full IP-Adapter",
     ),
@@ -134,7 +134,7 @@ LAYOUTS = (
     Layout(
         "lora",
         "original",
-        (r"lora_(up|down|A|B)\b|\.lora\.(up|down)|^lora_(unet|te)|lora_linear_layer|\.hada_w1|\.lokr_w1",),
+        (r"lora_(up|down|A|B)\b|lora\.(up|down)\b|^lora_(unet|te)|lora_linear_layer|\.hada_w1|\.lokr_w1",),
         "a LoRA",
         "load it with pipe.load_lora_weights",
     ),
