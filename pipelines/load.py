@@ -247,17 +247,20 @@ class Loader:
         """:func:`load_pipeline` for text, kept."""
         return self._pipeline(source, device, dtype, config, _stamp(source))
 
-    def adapter(self, source: str, image_encoder: str | None = None) -> Adapter:
-        """:func:`mahlstick.load_adapter`, kept."""
-        return self._adapter(source, image_encoder, _stamp(source))
+    def adapter(self, source: str, *, image_encoder: str | None = None, base: Any = None) -> Adapter:
+        """:func:`mahlstick.load_adapter`, kept; ``base`` is the UNet for files that hold differences from it."""
+        return self._adapter(source, image_encoder, base, _stamp(source))
 
     @staticmethod
     def _load_pipeline(source: str, device: Any, dtype: Any, config: str | None, stamp: object) -> Any:
         return load_pipeline(source, device=device, dtype=dtype, config=config)
 
     @staticmethod
-    def _load_adapter(source: str, image_encoder: str | None, stamp: object) -> Adapter:
-        return load_adapter(source, **({"image_encoder": image_encoder} if image_encoder else {}))
+    def _load_adapter(source: str, image_encoder: str | None, base: Any, stamp: object) -> Adapter:
+        config: dict[str, Any] = {"image_encoder": image_encoder} if image_encoder else {}
+        if formats.inspect(source).layout == "original difference":
+            config["base"] = base
+        return load_adapter(source, **config)
 
 
 def _stamp(source: str) -> tuple[tuple[str, int, int], ...]:

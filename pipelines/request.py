@@ -30,7 +30,8 @@ def data_url(picture: Image.Image) -> str:
     return _DATA_URL + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _decoded(source: Any, name: str) -> Any:
+def decoded(source: Any, name: str) -> Any:
+    """A ``data:`` URL as the PIL picture in it; every other source as it is."""
     if not (isinstance(source, str) and source.startswith("data:")):
         return source
     try:
@@ -41,12 +42,12 @@ def _decoded(source: Any, name: str) -> Any:
 
 def open_picture(source: Any, name: str) -> Image.Image:
     """:func:`mahlstick.pictures.load_picture` that also reads ``data:`` URLs."""
-    return load_picture(_decoded(source, name), name=name)
+    return load_picture(decoded(source, name), name=name)
 
 
 def open_mask(source: Any, name: str) -> Image.Image:
     """:func:`mahlstick.pictures.load_mask` that also reads ``data:`` URLs."""
-    return load_mask(_decoded(source, name), name=name)
+    return load_mask(decoded(source, name), name=name)
 
 
 def _check_picture(value: Any) -> Any:
@@ -160,7 +161,6 @@ class Spec(BaseModel):
 
 
 class _Unit(Spec):
-    scale: Scale | list[Scale] = 1.0
     start: Fraction = 0.0
     end: Fraction = 1.0
     mask: Mask | None = None
@@ -175,6 +175,7 @@ class _Unit(Spec):
 class ControlSpec(_Unit):
     """A control net and the picture it follows."""
 
+    scale: Scale | list[Scale] = 1.0
     adapter: AdapterSource = Field(description="path or hub id of the weights, or an embedded net such as 'lineart'")
     image: Picture = Field(description="the control picture, or with annotator the picture it is made from")
     annotator: str | None = Field(None, description="makes the control picture from image, e.g. 'canny'")
@@ -186,6 +187,7 @@ class ControlSpec(_Unit):
 class ImagePromptSpec(_Unit):
     """An IP-Adapter and its reference pictures."""
 
+    scale: Scale = 1.0
     adapter: AdapterSource = Field(
         "ip_adapter", description="path or hub id of the weights; left open, the embedded one"
     )
@@ -213,7 +215,9 @@ class Request(Spec):
     height: Side | None = None
     scheduler: str | None = Field(None, description="a short or diffusers' name; left open, the base model's own")
     init: Picture | None = Field(None, description="image-to-image: the picture to start from")
-    strength: float = Field(0.8, gt=0.0, le=1.0, description="how much of init is repainted")
+    strength: float | None = Field(
+        None, gt=0.0, le=1.0, description="how much of init is repainted; left open, 0.8, and 1 when inpainting"
+    )
     mask: Mask | None = Field(None, description="inpainting: white is repainted, black stays byte for byte")
     controls: list[ControlSpec] = Field(default_factory=list, max_length=32)
     image_prompts: list[ImagePromptSpec] = Field(default_factory=list, max_length=32)
@@ -233,10 +237,9 @@ class Request(Spec):
             raise ValueError(f"seeds: {len(self.seeds)} seeds for {self.images} images; give one each")
         if self.mask is not None and self.init is None:
             raise ValueError("mask: inpainting needs init, the picture to repaint")
-        if self.init is not None and int(self.steps * self.strength) < 1:
-            raise ValueError(
-                f"strength: {self.strength:g} of {self.steps} steps leaves no step; raise strength or steps"
-            )
+        strength = self.effective_strength
+        if self.init is not None and int(self.steps * strength) < 1:
+            raise ValueError(f"strength: {strength:g} of {self.steps} steps leaves no step; raise strength or steps")
         if (self.width is None) != (self.height is None):
             raise ValueError("width and height: give both or neither")
         return self
@@ -244,6 +247,11 @@ class Request(Spec):
     @property
     def task(self) -> Literal["text", "img2img", "inpaint"]:
         return "text" if self.init is None else "img2img" if self.mask is None else "inpaint"
+
+    @property
+    def effective_strength(self) -> float:
+        """``strength``, or what it is when left open."""
+        return self.strength if self.strength is not None else 1.0 if self.mask is not None else 0.8
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -1,0 +1,383 @@
+"""From a request to pictures, and from a picture's recipe to the same pictures again."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mahlstick.adapters import formats
+from mahlstick.errors import MahlstickError
+from mahlstick.pictures import aspect_differs, resize, save_png
+from mahlstick.pipelines import prompts, recipe, schedulers
+from mahlstick.pipelines.attach import attach
+from mahlstick.pipelines.load import Loader, adapter_path, for_task, unet_config
+from mahlstick.pipelines.recipe import Recipe
+from mahlstick.pipelines.request import (
+    SEED_LIMIT,
+    ControlSpec,
+    ImagePromptSpec,
+    Request,
+    decoded,
+    open_mask,
+    open_picture,
+)
+from mahlstick.pipelines.units import Control, ImagePrompt
+
+REFERENCE_SIDE = 1024  # pixels; image encoders see 224 to 448, and the recipe keeps the picture
+
+_NAMED = re.compile(r"\d{1,9}")
+
+StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures, and the recipe that makes them again."""
+
+    images: list[Image.Image]
+    recipe: Recipe
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Writes every picture as a PNG that carries its recipe, each whole or not at all; returns the paths.
+
+        ``out.png`` is replaced where it exists; several pictures become ``out-1.png``, ``out-2.png``, ... Any other
+        name is a folder, in which the next free numbers are taken.
+        """
+        check_target(path)
+        targets = self._targets(Path(path))
+        for i, (image, target) in enumerate(zip(self.images, targets, strict=True)):
+            save_png(image, target, self.recipe.for_image(i).text())
+        return targets
+
+    def _targets(self, path: Path) -> list[Path]:
+        count = len(self.images)
+        if path.suffix.lower() == ".png":
+            return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+        taken = [int(file.stem) for file in path.glob("*.png") if _NAMED.fullmatch(file.stem)]
+        first = max(taken, default=0) + 1
+        return [path / f"{first + i:04d}.png" for i in range(count)]
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raises :class:`MahlstickError` where pictures could not be saved under ``path``, before any are made."""
+    target = Path(path)
+    if target.suffix and target.suffix.lower() != ".png":
+        raise MahlstickError(f"{path}: the recipe is kept in PNG; end the name in .png, or give a folder")
+    if target.suffix and target.is_dir():
+        raise MahlstickError(f"{path}: is a folder; give another name")
+    folder = target.parent if target.suffix else target
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise MahlstickError(f"{path}: {folder} is no folder that can be written; choose another place")
+
+
+def generate(
+    request: Request,
+    *,
+    pipe: Any = None,
+    loader: Loader | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: bool = True,
+    callback: StepCallback | None = None,
+) -> Result:
+    """Makes the request's pictures.
+
+    Args:
+        request: what to make.
+        pipe: a diffusers pipeline to use in place of ``request.base``; it comes back as it was.
+        loader: keeps bases and adapters between calls; without one nothing is kept.
+        device: left open, the best there is; with ``pipe``, where that is.
+        dtype: left open, float32 on a CPU and float16 elsewhere; with ``pipe``, that pipeline's.
+        progress: show diffusers' progress bar.
+        callback: diffusers' ``callback_on_step_end``.
+
+    Picture i is drawn on the CPU from seed + i, so that it is the same on every device up to rounding and, with the
+    default ``batch=1``, bit for bit what it would be alone. Raises :class:`MahlstickError` before anything is loaded
+    where a picture or an adapter does not do.
+    """
+    loader = loader or Loader()
+    opened = _open_pictures(request)
+    _check_adapters(opened, None if pipe is None else pipe.unet.config)
+    if pipe is None:
+        base = loader.pipeline(request.base, device=device, dtype=dtype, config=request.base_config)
+    else:
+        base = pipe
+        opened = opened.model_copy(update={"base": f"<{type(pipe).__name__} in memory>"})
+    worker = for_task(base, request.task)
+    resolved = _fit_pictures(_resolve(opened, worker))
+    made_by = recipe.describe(resolved, worker._execution_device.type, worker.dtype)
+    with _prepared(worker, resolved.scheduler, progress), attach(worker, *_units(resolved, worker, loader)):
+        images = _run(worker, resolved, callback)
+    return Result(images, made_by)
+
+
+def replay(
+    path: str | os.PathLike[str],
+    *,
+    pipe: Any = None,
+    weights: str | os.PathLike[str] | None = None,
+    loader: Loader | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Makes the picture of a PNG again from the recipe in it: bit for bit on the same machine and versions.
+
+    ``weights`` is a folder in which files that have moved are searched by name; ``pipe`` stands in for the base.
+    Warns where versions or devices differ. Raises :class:`MahlstickError` where the PNG has no recipe, or weights are
+    missing or have changed.
+    """
+    made_by = recipe.read_recipe(path)
+    request = recipe.found_again(made_by, str(path), weights, pipe is not None)
+    notes = recipe.differences(made_by)
+    if device is not None and device != made_by.device:
+        notes.append(f"made on {made_by.device}, replayed on {device}")
+    if notes:
+        warnings.warn(f"{path}: the last bits may differ ({'; '.join(notes)})", stacklevel=2)
+    where = {} if pipe is not None else {"device": device or made_by.device, "dtype": made_by.dtype}
+    with _threads(made_by.threads):
+        images = generate(request, pipe=pipe, loader=loader, progress=progress, **where).images
+    return images if made_by.index is None else [images[made_by.index]]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The order of sums, and so the last bits, can depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _open_pictures(request: Request) -> Request:
+    """Every picture of the request as a PIL picture, control pictures through their annotators."""
+
+    def mask(source: Any, name: str) -> Image.Image | None:
+        return None if source is None else open_mask(source, name)
+
+    def reference(source: Any, name: str) -> Image.Image:
+        picture = open_picture(source, name)
+        picture.thumbnail((REFERENCE_SIDE, REFERENCE_SIDE), Image.Resampling.LANCZOS)
+        return picture
+
+    def control(spec: ControlSpec, name: str) -> ControlSpec:
+        image = _annotated(spec, name) if spec.annotator else open_picture(spec.image, f"{name} picture")
+        # The control picture is what is kept and replayed, not how it was made.
+        update = {"image": image, "mask": mask(spec.mask, f"{name} mask"), "annotator": None, "options": {}}
+        return spec.model_copy(update=update)
+
+    def image_prompt(spec: ImagePromptSpec, name: str) -> ImagePromptSpec:
+        images = [reference(source, f"{name} picture") for source in spec.images]
+        negative = None if spec.negative is None else reference(spec.negative, f"{name} negative")
+        update = {"images": images, "mask": mask(spec.mask, f"{name} mask"), "negative": negative}
+        return spec.model_copy(update=update)
+
+    return request.model_copy(
+        update={
+            "init": None if request.init is None else open_picture(request.init, "init"),
+            "mask": mask(request.mask, "mask"),
+            "controls": [control(spec, f"controls[{i}]") for i, spec in enumerate(request.controls)],
+            "image_prompts": [
+                image_prompt(spec, f"image_prompts[{i}]") for i, spec in enumerate(request.image_prompts)
+            ],
+        }
+    )
+
+
+def _annotated(spec: ControlSpec, name: str) -> Image.Image:
+    from mahlstick import annotators
+
+    try:
+        return annotators.annotate(spec.annotator or "", decoded(spec.image, name), **spec.options)
+    except MahlstickError as error:
+        raise MahlstickError(f"{name}: {error}") from error
+
+
+def _check_adapters(request: Request, config: Any) -> None:
+    """Kind and base of every adapter from its header, before a tensor is loaded."""
+    config = config or unet_config(request.base)
+    for field, kind, specs in (
+        ("controls", "controlnet", request.controls),
+        ("image_prompts", "ip_adapter", request.image_prompts),
+    ):
+        for i, spec in enumerate(specs):
+            if not isinstance(spec.adapter, str):
+                continue
+            info = formats.inspect(adapter_path(spec.adapter))
+            if info.kind != kind:
+                raise MahlstickError(f"{field}[{i}]: {spec.adapter} is a {info.kind}; a {kind} goes there")
+            if config is not None:
+                try:
+                    formats.require_fit(kind, info.config, config)
+                except MahlstickError as error:
+                    raise MahlstickError(f"{spec.adapter}: {error}") from error
+
+
+def _resolve(request: Request, pipe: Any) -> Request:
+    """The request with seeds, size and strength filled in."""
+    if pipe.unet.config.in_channels == 9 and request.task != "inpaint":
+        raise MahlstickError(f"base: {request.base} is an inpainting model; give init and mask, or another base")
+    update: dict[str, Any] = {"strength": request.effective_strength}
+    if request.seeds is None:
+        first = secrets.randbelow(2**32) if request.seed is None else request.seed
+        update |= {"seed": None, "seeds": [(first + i) % (SEED_LIMIT + 1) for i in range(request.images)]}
+    if request.init is None and request.width is None:
+        sample = pipe.unet.config.sample_size
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        update |= {"width": width * pipe.vae_scale_factor, "height": height * pipe.vae_scale_factor}
+    return request.model_copy(update=update)
+
+
+def _size(request: Request) -> tuple[int, int]:
+    """(width, height) of the result."""
+    if request.width is not None and request.height is not None:
+        return request.width, request.height
+    return request.init.size  # type: ignore[no-any-return, union-attr]
+
+
+def _fit_pictures(request: Request) -> Request:
+    """Init, its mask and the control pictures at the size of the result, which is what the recipe keeps."""
+    size = _size(request)
+    update: dict[str, Any] = {
+        "controls": [
+            spec.model_copy(
+                update={"image": _fit(spec.image, size, spec.resize, f"controls[{i}]"), "resize": "stretch"}
+            )
+            for i, spec in enumerate(request.controls)
+        ]
+    }
+    if request.init is not None:
+        update["init"] = _fit(request.init, size, "stretch", "init")
+    if request.mask is not None:
+        update["mask"] = _fit(request.mask, size, "stretch", "mask")
+    return request.model_copy(update=update)
+
+
+def _fit(picture: Image.Image, size: tuple[int, int], mode: Any, name: str) -> Image.Image:
+    if mode == "stretch" and aspect_differs(picture, size):
+        shapes = f"{picture.width}x{picture.height} is stretched to {size[0]}x{size[1]}"
+        way_out = "resize='crop' or 'pad' keeps its shape" if name.startswith("controls") else "give it in that shape"
+        warnings.warn(f"{name}: {shapes}; {way_out}", stacklevel=2)
+    return resize(picture, size, mode)
+
+
+def _units(request: Request, pipe: Any, loader: Loader) -> list[Any]:
+    """The request's units. ``image_encoder`` is None where the adapter or the pipeline brings its own."""
+    size, factor = _size(request), pipe.vae_scale_factor
+
+    def adapter(spec: ControlSpec | ImagePromptSpec, encoder: str | None = None) -> Any:
+        if not isinstance(spec.adapter, str):
+            return spec.adapter
+        return loader.adapter(adapter_path(spec.adapter), image_encoder=encoder, base=pipe.unet)
+
+    def mask(picture: Image.Image | None) -> Image.Image | None:
+        """As it is, unless the canvas is larger than the result; then it must not stretch over the margin."""
+        whole = picture is None or (size[0] % factor == 0 and size[1] % factor == 0)
+        return picture if whole else _padded(resize(picture, size), factor)
+
+    controls = [
+        Control(
+            adapter(spec),
+            _padded(spec.image, factor),
+            scale=spec.scale,
+            start=spec.start,
+            end=spec.end,
+            mask=mask(spec.mask),
+            mode=spec.mode,
+        )
+        for spec in request.controls
+    ]
+    image_prompts = [
+        ImagePrompt(
+            adapter(spec, spec.image_encoder),
+            [spec.images],  # one group, so that no list is taken for one reference a picture
+            scale=spec.scale,
+            start=spec.start,
+            end=spec.end,
+            mask=mask(spec.mask),
+            blocks=spec.blocks,
+            negative=spec.negative,
+        )
+        for spec in request.image_prompts
+    ]
+    return [*controls, *image_prompts]
+
+
+@contextmanager
+def _prepared(pipe: Any, scheduler: str | None, progress: bool) -> Iterator[None]:
+    """``pipe`` with a fresh scheduler and our progress bar, and as it was afterwards."""
+    before = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
+    pipe.scheduler = schedulers.build(scheduler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=not progress)
+    try:
+        yield
+    finally:
+        pipe.scheduler = before[0]
+        pipe.set_progress_bar_config(**before[1])
+
+
+def _run(pipe: Any, request: Request, callback: StepCallback | None) -> list[Image.Image]:
+    assert request.seeds is not None
+    arguments: dict[str, Any] = prompts.encode(
+        pipe, request.prompt, request.negative_prompt or None, guided=request.guidance > 1
+    )
+    arguments |= {"num_inference_steps": request.steps, "guidance_scale": request.guidance, "output_type": "np"}
+    arguments |= _canvas(request, pipe.vae_scale_factor)
+    if callback is not None:
+        arguments["callback_on_step_end"] = callback
+    images: list[Image.Image] = []
+    for start in range(0, request.images, request.batch):
+        seeds = request.seeds[start : start + request.batch]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        pixels = pipe(**arguments, num_images_per_prompt=len(seeds), generator=generators).images
+        images += _pictures(pipe, pixels, request)
+    return images
+
+
+def _canvas(request: Request, factor: int) -> dict[str, Any]:
+    """The pipeline's arguments for size, picture and mask."""
+    if request.init is None:
+        return {"width": request.width, "height": request.height}
+    init = _padded(request.init, factor)
+    arguments = {"image": init, "strength": request.strength}
+    if request.mask is not None:
+        arguments |= {"mask_image": _padded(request.mask, factor), "width": init.width, "height": init.height}
+    return arguments
+
+
+def _padded(picture: Image.Image, factor: int) -> Image.Image:
+    """Edge pixels repeated to the right and below until both sides are multiples of the VAE's ``factor``."""
+    right, below = -picture.width % factor, -picture.height % factor
+    if not right and not below:
+        return picture
+    pixels = np.asarray(picture)
+    return Image.fromarray(np.pad(pixels, [(0, below), (0, right)] + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
+
+
+def _pictures(pipe: Any, pixels: np.ndarray[Any, Any], request: Request) -> list[Image.Image]:
+    """(n, height, width, 3) in [0, 1] -> pictures of the wanted size, those of inpainting laid over what was there."""
+    if not np.isfinite(pixels).all():
+        raise MahlstickError(
+            f"base: {request.base} gave NaN pictures; its weights are broken, or {pipe.dtype} is too narrow for them"
+            " (use float32)"
+        )
+    images: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
+    if request.init is not None:
+        images = [image.crop((0, 0, *request.init.size)) for image in images]
+    if request.mask is not None:
+        images = [Image.composite(image, request.init, request.mask) for image in images]
+    return images
