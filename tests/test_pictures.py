@@ -158,6 +158,8 @@ def test_masks() -> None:
         flat = gradient().convert("RGBA")
         flat.putalpha(constant)
         assert np.array_equal(pictures.load_mask(flat), gradient().convert("L"))
+    assert pictures.load_picture(painted, alpha=True).mode == "RGBA"
+    assert pictures.load_picture(gradient().convert("RGBA"), alpha=True).mode == "RGB"
     assert pictures.load_mask(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == 255
 
 
@@ -167,7 +169,8 @@ def test_masks() -> None:
 def test_missing_folder_text_and_empty_files(tmp_path: Path) -> None:
     refused(tmp_path / "none.png", "none.png", "does not exist")
     refused(tmp_path, tmp_path.name, "folder")
-    for name, content in {"text.png": b"not a picture at all", "empty.jpg": b"", "weights.png": b"PK\x03\x04" * 99}.items():
+    contents = {"text.png": b"not a picture at all", "empty.jpg": b"", "weights.png": b"PK\x03\x04" * 99}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, name, "not a picture")
         refused(tmp_path / name, name, "mask", load=pictures.load_mask)

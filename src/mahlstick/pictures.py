@@ -27,18 +27,21 @@ MAX_PIXELS = 8192 * 8192
 _PROGRAM_FORMATS = {"EPS", "WMF", "EMF"}
 
 
-def load_picture(source: PictureSource, *, name: str = "picture") -> Image.Image:
+def load_picture(source: PictureSource, *, name: str = "picture", alpha: bool = False) -> Image.Image:
     """An RGB picture from a path, a PIL picture or a NumPy array.
 
     Arrays are ``(height, width)`` or ``(height, width, channels)`` with 1, 3 or 4 channels, of bool,
     uint8, uint16 or floats in [0, 1]. Files are turned as their EXIF says, animations give their first
-    frame, 16 bits are scaled to 8, and transparency shows white.
+    frame, 16 bits are scaled to 8, and transparency shows white; with ``alpha`` it is kept where it varies,
+    and the picture is RGBA.
 
     ``name`` says in errors what the picture is for. Raises MahlstickError for what is missing, damaged,
     no picture, or of more than `MAX_PIXELS` pixels.
     """
     picture = _decode(source, name)
     if picture.mode == "RGBA":
+        if alpha and _alpha_varies(picture):
+            return picture
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
@@ -51,10 +54,8 @@ def load_mask(source: PictureSource, *, name: str = "mask") -> Image.Image:
     """
     picture = _decode(source, name)
     if picture.mode == "RGBA":
-        alpha = picture.getchannel("A")
-        low, high = alpha.getextrema()
-        if low != high:
-            return alpha
+        if _alpha_varies(picture):
+            return picture.getchannel("A")
         picture = picture.convert("RGB")
     return picture.convert("L")
 
@@ -110,6 +111,11 @@ def save_png(picture: Image.Image, path: str | os.PathLike[str], text: dict[str,
         reason = error.strerror or error
         raise MahlstickError(f"{str(path)!r} cannot be written ({reason}); choose another place") from error
     return path
+
+
+def _alpha_varies(picture: Image.Image) -> bool:
+    low, high = picture.getchannel("A").getextrema()
+    return low != high
 
 
 def _decode(source: PictureSource, name: str) -> Image.Image:
