@@ -716,9 +716,10 @@ def test_cut_short_files(storage: str, kept: float, net: ControlNetModel, tmp_pa
         formats.read(path, "controlnet")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights_are_named(value: float, net: ControlNetModel, tmp_path: Path) -> None:
-    state = original(net)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_broken_weights_are_named(value: float, dtype: torch.dtype, net: ControlNetModel, tmp_path: Path) -> None:
+    state = {name: weights.to(dtype) for name, weights in original(net).items()}
     state["control_model.time_embed.2.bias"][3] = value
     save_file(state, tmp_path / "net")
     with pytest.raises(MahlstickError, match=r"NaN or infinite weights in 'control_model.time_embed.2.bias'"):

@@ -298,9 +298,11 @@ def _load_pickle(file: Path, wanted: set[str]) -> dict[str, Tensor]:
 
 
 def _finite(value: Tensor) -> bool:
-    if not value.is_floating_point():
+    if not value.is_floating_point() or not value.numel():
         return True
-    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
+    # The extremes carry NaN along, and take no memory.
+    extremes = torch.stack(torch.aminmax(value.float() if value.element_size() == 1 else value))
+    return bool(torch.isfinite(extremes).all())
 
 
 def _some(names: Iterable[str], limit: int = 4) -> str:
