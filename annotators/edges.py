@@ -42,7 +42,7 @@ def lineart(
     picture: Image.Image,
     *,
     sigma: Annotated[float, Range(0.3, 20)] = 1.0,
-    threshold: Annotated[float, Range(0, 0.95)] = 0.15,
+    threshold: Annotated[float, Range(0, 0.95)] = 0.2,
     source: Source = "auto",
 ) -> Image.Image:
     """Soft lines where the picture turns dark, without weights; a drawing keeps its own lines.
@@ -61,7 +61,8 @@ def lineart(
     narrow, wide = (cv2.GaussianBlur(pixels, (0, 0), deviation) for deviation in (sigma, 1.6 * sigma))
     lines = (wide - narrow).max(axis=2).clip(0)
     noise = 0.02  # a flat picture's strongest "line" is noise, and stays faint
-    strength = lines / max(float(np.percentile(lines, 99)), noise)
+    strong = max(float(np.percentile(lines, 97)), float(lines.max()) / 3, noise)
+    strength = lines / strong
     return _white_on_black(_to_bytes((strength - threshold) / (1 - threshold)))
 
 

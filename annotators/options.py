@@ -45,7 +45,7 @@ class Option:
             return f"one of {', '.join(self.choices)}"
         nouns = {int: "a whole number", float: "a number", bool: "true or false", str: "words"}
         noun = nouns.get(self.type, "a picture")
-        return f"{noun} from {self.range.low:g} to {self.range.high:g}" if self.range else noun
+        return f"{noun} from {self.range.low:.10g} to {self.range.high:.10g}" if self.range else noun
 
     def _convert(self, value: Any) -> Any:
         """The converted value, or None where there is none."""

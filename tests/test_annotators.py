@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -117,6 +118,15 @@ def test_bad_requests(name: str, options: dict[str, object], words: str) -> None
 def test_a_bad_picture_is_named(tmp_path: Path) -> None:
     with pytest.raises(MahlstickError, match=r"'canny'.*none\.png.*does not exist"):
         annotators.annotate("canny", tmp_path / "none.png")
+
+
+def test_the_documentation_lists_what_there_is() -> None:
+    script = Path(__file__).parents[1] / "docs" / "annotators.py"
+    spec = importlib.util.spec_from_file_location("docs_annotators", script)
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    text = docs.PAGE.read_text(encoding="utf-8")
+    assert docs.page(text) == text, "run python docs/annotators.py"
 
 
 # --- all that need no weights
