@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import secrets
@@ -34,6 +35,7 @@ from mahlstick.pipelines.request import (
 )
 from mahlstick.pipelines.units import Control, ImagePrompt
 
+EMBEDDED_GUIDANCE = 4.0  # what its model card measures with
 REFERENCE_SIDE = 1024  # pixels; image encoders see 224 to 448, and the recipe keeps the picture
 
 _NAMED = re.compile(r"\d{1,9}")
@@ -219,7 +221,7 @@ def _check_adapters(request: Request, config: Any) -> None:
                 continue
             info = formats.inspect(adapter_path(spec.adapter))
             if info.kind != kind:
-                raise MahlstickError(f"{field}[{i}]: {spec.adapter} is a {info.kind}; a {kind} goes there")
+                raise MahlstickError(f"{field}[{i}]: {spec.adapter} holds a {info.kind}; give a {kind}")
             if config is not None:
                 try:
                     formats.require_fit(kind, info.config, config)
@@ -232,6 +234,9 @@ def _resolve(request: Request, pipe: Any) -> Request:
     if pipe.unet.config.in_channels == 9 and request.task != "inpaint":
         raise MahlstickError(f"base: {request.base} is an inpainting model; give init and mask, or another base")
     update: dict[str, Any] = {"strength": request.effective_strength}
+    if request.guidance is None:
+        default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+        update["guidance"] = EMBEDDED_GUIDANCE if request.base == "embedded" else default
     if request.seeds is None:
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         update |= {"seed": None, "seeds": [(first + i) % (SEED_LIMIT + 1) for i in range(request.images)]}
@@ -331,7 +336,7 @@ def _prepared(pipe: Any, scheduler: str | None, progress: bool) -> Iterator[None
 
 
 def _run(pipe: Any, request: Request, callback: StepCallback | None) -> list[Image.Image]:
-    assert request.seeds is not None
+    assert request.seeds is not None and request.guidance is not None
     arguments: dict[str, Any] = prompts.encode(
         pipe, request.prompt, request.negative_prompt or None, guided=request.guidance > 1
     )

@@ -48,9 +48,10 @@ def embedded_folder() -> Path:
 
 
 def embedded_adapters() -> dict[str, Path]:
-    """The adapters that come with the embedded model, by name."""
-    folder = Path(str(files("mahlstick.assets"))) / "embedded" / "adapters"
-    return {path.stem: path for path in sorted(folder.glob("*"))}
+    """The adapters that come with the embedded model, by name: the folders ``controlnet-NAME`` and ``ip-adapter``."""
+    folder = Path(str(files("mahlstick.assets"))) / "embedded"
+    found = [*sorted(folder.glob("controlnet-*")), *folder.glob("ip-adapter")]
+    return {path.name.removeprefix("controlnet-"): path for path in found}
 
 
 def choose_device(device: str | None = None) -> str:

@@ -210,7 +210,12 @@ class Request(Spec):
     images: int = Field(1, ge=1, le=10_000, description="how many pictures")
     batch: int = Field(1, ge=1, le=256, description="how many go through the model together")
     steps: int = Field(20, ge=1, le=1000)
-    guidance: float = Field(7.5, ge=0.0, le=100.0)
+    guidance: float | None = Field(
+        None,
+        ge=0.0,
+        le=100.0,
+        description="left open, diffusers' default for the pipeline, and 4 for the embedded base",
+    )
     width: Side | None = None
     height: Side | None = None
     scheduler: str | None = Field(None, description="a short or diffusers' name; left open, the base model's own")

@@ -1,0 +1,473 @@
+"""The command line. Only typer is imported here, so that ``mahlstick --help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mahlstick
+from mahlstick.errors import MahlstickError
+
+PROGRAM = "mahlstick"
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="""Steer Stable Diffusion with drawings and reference pictures.
+
+    Start with:  mahlstick demo
+
+    Any command takes --debug, which shows the traceback of an error.""",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; left out, the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; left out, what suits the device.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"{PROGRAM} {mahlstick.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="The folder for the pictures.")] = "out",
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1, max=1000)] = 20,
+    device: Device = None,
+    json_output: Json = False,
+) -> None:
+    """Show what drawings and references do, in a contact sheet.
+
+    Uses the embedded model and its example pictures, and needs no download.
+
+    Example:
+
+      mahlstick demo --out out
+    """
+    from mahlstick.pipelines.demo import run
+
+    _quiet_libraries()
+    shown = run(Path(out), steps=steps, device=device, progress=not json_output)
+    if json_output:
+        typer.echo(json.dumps({"contact_sheet": str(shown.sheet), "images": [str(path) for path in shown.images]}))
+        return
+    drawing, reference = shown.example
+    typer.echo(f"\nLook at {shown.sheet}. Then try:\n")
+    typer.echo(f'  mahlstick generate -p "red penguin" --control lineart={drawing}:0.9 --seed 7 --out {out}/mine.png')
+    typer.echo(f'  mahlstick generate -p "cactus" --image-prompt {reference}:0.6 --images 4 --out {out}')
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to paint; (word:1.3) weighs a word more.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="'embedded', a diffusers folder, a hub id or a .safetensors file.")
+    ] = None,
+    base_config: Annotated[
+        str | None, typer.Option(help="Folder with the configs of a single-file base, where the hub is out of reach.")
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NET[@ANNOTATOR]=PICTURE[:SCALE]",
+            help="Follow a drawing. NET is 'lineart' or a path to weights; with @canny the picture is a photo that the"
+            " annotator turns into a drawing. May be repeated.",
+        ),
+    ] = None,
+    image_prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[ADAPTER=]PICTURE[:SCALE]", help="Take after a reference picture. May be repeated."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same picture.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 20]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely the prompt is followed; left out, as suits the base.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; left out, the base's own.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="euler, euler_a, ddim, dpm++_2m_karras, unipc, ...")] = None,
+    images: Annotated[int | None, typer.Option(help="How many pictures, from seed, seed + 1, ...")] = None,
+    init: Annotated[str | None, typer.Option(metavar="PICTURE", help="Start from this picture.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --init is repainted, 0 to 1.")] = None,
+    mask: Annotated[str | None, typer.Option(metavar="PICTURE", help="Repaint only the white part of --init.")] = None,
+    request: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Read a JSON request; options given beside it win.")
+    ] = None,
+    save_request: Annotated[str | None, typer.Option(metavar="FILE", help="Write the request as JSON.")] = None,
+    out: Annotated[
+        str, typer.Option(help="A .png, which is replaced, or a folder, where the next free number is taken.")
+    ] = "out",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_output: Json = False,
+) -> None:
+    """Make pictures from a prompt, drawings and references.
+
+    Example:
+
+      mahlstick generate -p "red apple" --control lineart=drawing.png:0.9 --image-prompt ref.png:0.6 --out out.png
+
+    Every PNG carries its recipe: mahlstick replay out.png makes it again.
+    """
+    given = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "base": base,
+        "base_config": base_config,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "images": images,
+        "init": init,
+        "strength": strength,
+        "mask": mask,
+        "controls": [_control(text) for text in control or []],
+        "image_prompts": [_image_prompt(text) for text in image_prompt or []],
+        **_size(size),
+    }
+    fields = {**_fields(request), **{name: value for name, value in given.items() if value not in (None, [])}}
+    if seed is not None:
+        fields.pop("seeds", None)
+    if "prompt" not in fields:
+        raise MahlstickError('--prompt is missing; say what to paint, e.g. --prompt "red apple"')
+    _generate(fields, Path(out), save_request, device, dtype, json_output)
+
+
+def _fields(request: str | None) -> dict[str, Any]:
+    if request is None:
+        return {}
+    from mahlstick.pipelines.request import Request
+
+    return Request.load(request).model_dump(exclude_unset=True)
+
+
+def _generate(
+    fields: dict[str, Any], out: Path, save_request: str | None, device: str | None, dtype: str | None, as_json: bool
+) -> None:
+    from mahlstick.pipelines.request import Request
+
+    request = Request(**fields)
+    if save_request is not None:
+        request.save(save_request)
+    from mahlstick.pipelines.generate import check_target
+    from mahlstick.pipelines.generate import generate as make
+
+    check_target(out)
+    _quiet_libraries()
+    existed = out.is_file()
+    result = make(request, device=device, dtype=dtype, progress=sys.stderr.isatty() and not as_json)
+    paths = result.save(out)
+    seeds = result.recipe.request.seeds or []
+    if as_json:
+        typer.echo(json.dumps({"images": [str(path) for path in paths], "seeds": seeds}))
+        return
+    for path, used in zip(paths, seeds, strict=True):
+        typer.echo(f"{path}  seed {used}{'  (replaced)' if existed else ''}")
+
+
+def _size(text: str | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    try:
+        return {"width": int(width), "height": int(height or width)}
+    except ValueError:
+        raise MahlstickError(f"--size {text}: give width x height in pixels, e.g. 512x768") from None
+
+
+def _picture_and_scale(text: str) -> dict[str, Any]:
+    """``drawing.png:0.8``; a file that exists under the whole text is the picture, and so is ``C:\\drawing.png``."""
+    picture, colon, number = text.rpartition(":")
+    if not colon or not picture or os.path.exists(text):
+        return {"picture": text}
+    try:
+        return {"picture": picture, "scale": float(number)}
+    except ValueError:
+        return {"picture": text}
+
+
+def _control(text: str) -> dict[str, Any]:
+    adapter, equals, rest = text.partition("=")
+    if not (adapter and equals and rest):
+        raise MahlstickError(f"--control {text}: give NET=PICTURE, e.g. lineart=drawing.png:0.9")
+    spec = _picture_and_scale(rest)
+    net, at, annotator = adapter.rpartition("@")
+    if at and net and annotator.replace("_", "").isalnum() and not os.path.exists(adapter):
+        return {"adapter": net, "annotator": annotator, "image": spec.pop("picture"), **spec}
+    return {"adapter": adapter, "image": spec.pop("picture"), **spec}
+
+
+def _image_prompt(text: str) -> dict[str, Any]:
+    adapter, equals, rest = text.partition("=")
+    whole = _picture_and_scale(text)
+    if not equals or os.path.exists(whole["picture"]):
+        return {"images": [whole.pop("picture")], **whole}
+    spec = _picture_and_scale(rest)
+    return {"adapter": adapter, "images": [spec.pop("picture")], **spec}
+
+
+@app.command()
+def annotate(
+    name: Annotated[str | None, typer.Argument(help="An annotator; --list shows them.")] = None,
+    picture: Annotated[str | None, typer.Argument(help="The picture to turn into a control picture.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the annotator. May be repeated."),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="A .png; left out, PICTURE-NAME.png in the working folder.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show every annotator and what it needs.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Turn a picture into edges, lines, depth, pose, ...
+
+    Example:
+
+      mahlstick annotate canny photo.jpg --option low=80 --out edges.png
+    """
+    from mahlstick import annotators
+
+    if show:
+        _list_annotators(json_output)
+        return
+    if name is None or picture is None:
+        raise MahlstickError("annotate: give an annotator and a picture, e.g. annotate canny photo.jpg; or --list")
+    from mahlstick.pictures import save_png
+
+    options = dict(_option(text) for text in option or [])
+    target = Path(out) if out is not None else Path(f"{Path(picture).stem}-{name}.png")
+    _quiet_libraries()
+    path = save_png(annotators.annotate(name, picture, **options), target)
+    typer.echo(json.dumps({"image": str(path)}) if json_output else path)
+
+
+def _list_annotators(as_json: bool) -> None:
+    from mahlstick import annotators
+
+    known = [annotators.get(name) for name in annotators.names()]
+    if as_json:
+        rows = [
+            {"name": a.name, "description": a.description, "needs": a.needs, "options": list(a.options)} for a in known
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    wide = max(len(a.name) for a in known)
+    for a in known:
+        typer.echo(f"{a.name:<{wide}}  {a.description}")
+        typer.echo(f"{'':<{wide}}  needs {a.needs}{'; options ' + ', '.join(a.options) if a.options else ''}")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise MahlstickError(f"--option {text}: give NAME=VALUE, e.g. low=80")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Weights (file, folder or hub id), or a PNG that mahlstick made.")],
+    tensors: Annotated[bool, typer.Option(help="List every tensor with its shape.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Say what weights are, or what made a PNG.
+
+    Weights are read from their header alone.
+
+    Example:
+
+      mahlstick inspect control_v11p_sd15_canny.pth
+    """
+    if path.lower().endswith(".png"):
+        _inspect_picture(path, json_output)
+        return
+    info = mahlstick.inspect(path)
+    facts = {
+        "path": str(info.path),
+        "kind": info.kind,
+        "layout": info.layout,
+        "base": info.base,
+        "dtype": info.dtype,
+        "parameters": info.parameters,
+        "tensors": {name: list(shape) for name, shape in info.tensors.items()} if tensors else len(info.tensors),
+        "config": info.config,
+    }
+    if json_output:
+        typer.echo(json.dumps(facts, indent=2, default=list))
+        return
+    listed = facts.pop("tensors")
+    for name, value in facts.items():
+        if name == "config":
+            continue
+        typer.echo(f"{name:<10}  {f'{value:,}' if isinstance(value, int) else value}")
+    typer.echo(f"{'tensors':<10}  {len(info.tensors):,}")
+    for name, shape in listed.items() if isinstance(listed, dict) else ():
+        typer.echo(f"  {name}  {tuple(shape)}")
+
+
+def _inspect_picture(path: str, as_json: bool) -> None:
+    from mahlstick.pipelines.recipe import read_recipe
+
+    recipe = read_recipe(path)
+    typer.echo(recipe.to_json() if as_json else recipe.text()["parameters"])
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="An adapter in any layout: file, folder or hub id.")],
+    target: Annotated[str, typer.Argument(help="The folder or .safetensors file to write.")],
+    layout: Annotated[str, typer.Option(help="diffusers or original.")] = "diffusers",
+    dtype: Dtype = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, which some files do not tell.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model that a 'difference' file was taken from.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace TARGET where it exists.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Rewrite an adapter in another layout.
+
+    Example:
+
+      mahlstick convert control_v11p_sd15_canny.pth canny/ --layout diffusers --dtype float16
+    """
+    from mahlstick.adapters import formats
+
+    if os.path.exists(target) and not overwrite:
+        raise MahlstickError(f"{target}: exists already; give another name, or --overwrite")
+    kind = formats.inspect(source).kind
+    config: dict[str, Any] = {} if heads is None else {"heads": heads}
+    if base is not None:
+        from mahlstick.pipelines.load import load_pipeline
+
+        _quiet_libraries()
+        config["base"] = load_pipeline(base, device="cpu").unet
+    settings, tensors = formats.read(source, kind, **config)
+    if dtype is not None:
+        from mahlstick.pipelines.load import choose_dtype
+
+        cast = choose_dtype(dtype, "cpu")
+        tensors = {name: value.to(cast) if value.is_floating_point() else value for name, value in tensors.items()}
+    written = formats.write(target, kind, settings, tensors, layout=layout)
+    typer.echo(json.dumps({"path": str(written), "kind": kind, "layout": layout}) if json_output else written)
+
+
+@app.command()
+def replay(
+    picture: Annotated[str, typer.Argument(help="A PNG that mahlstick made.")],
+    out: Annotated[str | None, typer.Option(help="A .png; left out, PICTURE-replay.png.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where weights that moved are now.")] = None,
+    device: Device = None,
+    json_output: Json = False,
+) -> None:
+    """Make a picture again from the recipe in it.
+
+    Says whether it came out the same: it does, bit for bit, on the same machine with the same versions.
+
+    Example:
+
+      mahlstick replay out.png
+    """
+    from PIL import Image, ImageChops
+
+    from mahlstick.pipelines.generate import check_target
+    from mahlstick.pipelines.generate import replay as make
+    from mahlstick.pipelines.recipe import read_recipe
+
+    recipe = read_recipe(picture)
+    target = Path(out) if out is not None else Path(picture).with_name(f"{Path(picture).stem}-replay.png")
+    check_target(target)
+    _quiet_libraries()
+    images = make(picture, weights=weights, device=device, progress=sys.stderr.isatty() and not json_output)
+    from mahlstick.pictures import save_png
+
+    with Image.open(picture) as before:
+        same = before.size == images[0].size and not ImageChops.difference(before.convert("RGB"), images[0]).getbbox()
+    path = save_png(images[0], target, recipe.text())
+    if json_output:
+        typer.echo(json.dumps({"image": str(path), "identical": same}))
+    else:
+        typer.echo(f"{path}  {'identical to' if same else 'differs from'} {picture}")
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and advice of the libraries below are no news to a person at the shell."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"{PROGRAM}: {' '.join(message.split())}", err=True)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _complain(f"warning: {message}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 1 for failures, 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, module=r"mahlstick\.")
+            warnings.showwarning = _show_warning
+        try:
+            code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except (KeyboardInterrupt, typer.Abort):
+            _complain("interrupted; nothing half-written is left")
+            return 130
+        except Exception as error:
+            if debug:
+                raise
+            return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """One line on stderr, and the exit code."""
+    name, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, MahlstickError):
+        _complain(str(error))
+        return 2
+    if hasattr(error, "format_message"):  # typer's own: unknown options and the like
+        _complain(f"{error.format_message()} (see {PROGRAM} --help)")
+        return int(getattr(error, "exit_code", 2))
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "out of memory" in reason:
+        _complain("out of memory; take a smaller --size, --dtype float16 or --device cpu")
+        return 1
+    _complain(f"unexpected {name}: {reason}; --debug shows the traceback")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
