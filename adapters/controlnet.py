@@ -169,7 +169,6 @@ class ControlNet(Adapter):
         *,
         hint: Tensor | None = None,
         class_labels: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
@@ -186,7 +185,6 @@ class ControlNet(Adapter):
             hint = self.encode_hint(image)
         arguments = {
             "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
             "attention_mask": attention_mask,
             "encoder_attention_mask": encoder_attention_mask,
             "added_cond_kwargs": added_cond_kwargs or {},
@@ -222,7 +220,7 @@ class ControlNet(Adapter):
 
     def _time_embedding(self, sample: Tensor, timestep: Timestep, text: Tensor, arguments: dict[str, Any]) -> Tensor:
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
-        emb = self.time_embedding(self.time_proj(t).to(sample.dtype), arguments["timestep_cond"])
+        emb = self.time_embedding(self.time_proj(t).to(sample.dtype))
         if self.class_embedding is not None:
             labels = arguments["class_labels"]
             if labels is None:
@@ -375,7 +373,8 @@ class ControlAttachment(Attachment):
         return self._masks[key].to(like)
 
 
-_CALL = ("sample", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "encoder_attention_mask")
+# Without timestep_cond: a UNet distilled to take its guidance as an input has it, a ControlNet never does.
+_CALL = ("sample", "encoder_hidden_states", "class_labels", "attention_mask", "encoder_attention_mask")
 
 
 def gains(scale: float | Sequence[float], mode: Mode, count: int, pooled: bool = False) -> list[float]:

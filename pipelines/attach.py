@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -40,6 +41,11 @@ def attach(target: DiffusionPipeline | UNet2DConditionModel, *units: Unit, guida
     unet = _unet_of(target)
     pipe = target if isinstance(target, DiffusionPipeline) else None
     clock = PipelineClock(pipe) if pipe is not None else Clock(("uncond", "cond") if guidance else None)
+    return clip(unet, units, clock, pipe)
+
+
+def clip(unet: UNet2DConditionModel, units: Sequence[Unit], clock: Clock, pipe: Any = None) -> Attached:
+    """As :func:`attach`, for a run that ``clock`` tells of; ``pipe`` is asked for an image encoder."""
     for unit in units:
         if not isinstance(unit, Unit):
             raise MahlstickError(f"attach takes units (Control, ImagePrompt); got {type(unit).__name__}.")
@@ -81,9 +87,9 @@ class PipelineClock(Clock):
     def parts(self) -> tuple[str, ...] | None:
         """The parts of the batch, in the order in which diffusers' pipelines stack them."""
         pipe = self.pipe
-        if not hasattr(type(pipe), "do_classifier_free_guidance"):
+        guided = getattr(pipe, "do_classifier_free_guidance", None)  # unknown to some, and to others before their call
+        if guided is None:
             return None
-        guided = bool(pipe.do_classifier_free_guidance)
         if guided and hasattr(type(pipe), "image_guidance_scale"):
             return ("cond", "uncond", "uncond")  # InstructPix2Pix: words and picture, picture alone, neither
         parts = ("uncond", "cond") if guided else ("cond",)
