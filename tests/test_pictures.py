@@ -54,6 +54,15 @@ def test_lossless_files_read_exactly(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(pictures.load_picture(str(path)), gradient())
 
 
+def test_bytes_of_a_file() -> None:
+    buffer = io.BytesIO()
+    gradient().save(buffer, format="PNG")
+    assert np.array_equal(pictures.load_picture(buffer.getvalue()), gradient())
+    refused(buffer.getvalue()[:60], "picture", "damaged")
+    refused(b"some words", "not a picture")
+    refused(png_header(60000, 60000), "too large")
+
+
 def test_a_renamed_jpeg_is_fine(tmp_path: Path) -> None:
     path = tmp_path / "renamed.png"
     gradient().save(path, format="JPEG", quality=95)
@@ -245,7 +254,7 @@ def test_wrong_arrays(array: np.ndarray, word: str) -> None:
     refused(array, word, "mask", load=pictures.load_mask)
 
 
-@pytest.mark.parametrize("source", [None, 3, b"bytes", [[0]], Image])
+@pytest.mark.parametrize("source", [None, 3, [[0]], Image, io.BytesIO()])
 def test_other_types(source: object) -> None:
     refused(source, "give a path")
 
@@ -256,6 +265,7 @@ def test_empty_pictures_and_other_odd_ones(tmp_path: Path) -> None:
     refused(Image.fromarray(np.array([[np.nan]], np.float32)), "NaN")
     gradient().save(tmp_path / "page.eps")
     refused(tmp_path / "page.eps", "page.eps", "PNG")
+    refused(Image.open(tmp_path / "page.eps"), "page.eps", "PNG")
 
 
 # --- resize

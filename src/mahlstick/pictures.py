@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 import warnings
@@ -15,7 +16,7 @@ from mahlstick.errors import MahlstickError
 if TYPE_CHECKING:
     import numpy as np
 
-    PictureSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]
+    PictureSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]
 
 ResizeMode = Literal["stretch", "crop", "pad"]
 
@@ -28,7 +29,7 @@ _PROGRAM_FORMATS = {"EPS", "WMF", "EMF"}
 
 
 def load_picture(source: PictureSource, *, name: str = "picture", alpha: bool = False) -> Image.Image:
-    """An RGB picture from a path, a PIL picture or a NumPy array.
+    """An RGB picture from a path, a file's bytes, a PIL picture or a NumPy array.
 
     Arrays are ``(height, width)`` or ``(height, width, channels)`` with 1, 3 or 4 channels, of bool,
     uint8, uint16 or floats in [0, 1]. Files are turned as their EXIF says, animations give their first
@@ -124,6 +125,8 @@ def _decode(source: PictureSource, name: str) -> Image.Image:
 
     if isinstance(source, (str, os.PathLike)):
         return _from_file(Path(source), f"{name} {os.fspath(source)!r}")
+    if isinstance(source, bytes):
+        return _from_file(io.BytesIO(source), name)
     if isinstance(source, Image.Image):
         filename = getattr(source, "filename", "")
         return _eight_bit(source, f"{name} {filename!r}" if filename else name)
@@ -132,12 +135,12 @@ def _decode(source: PictureSource, name: str) -> Image.Image:
     raise MahlstickError(f"{name} is a {type(source).__name__}; give a path, a PIL picture or a NumPy array")
 
 
-def _from_file(path: Path, label: str) -> Image.Image:
+def _from_file(file: Path | io.BytesIO, label: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow warns below its own limit and above ours, where ours is about to refuse.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path)
+            opened = Image.open(file)
     except UnidentifiedImageError as error:
         raise MahlstickError(f"{label} is not a picture; give a PNG, JPEG, WebP or another picture file") from error
     except FileNotFoundError as error:
@@ -147,19 +150,19 @@ def _from_file(path: Path, label: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise MahlstickError(_too_large(label)) from error
     except PermissionError as error:
-        if path.is_dir():  # so Windows says "is a folder"
+        if isinstance(file, Path) and file.is_dir():  # so Windows says "is a folder"
             raise MahlstickError(f"{label} is a folder; name a picture in it") from error
         raise MahlstickError(f"{label} may not be read; check its permissions") from error
     except Exception as error:  # decoders fail on crafted headers in every way there is
         raise MahlstickError(_damaged(label, error)) from error
     with opened:
-        if opened.format in _PROGRAM_FORMATS:
-            raise MahlstickError(f"{label} is {opened.format}, which is not a pixel format; save it as PNG first")
         return _eight_bit(opened, label)
 
 
 def _eight_bit(picture: Image.Image, label: str) -> Image.Image:
     _check_size(picture.width, picture.height, label)
+    if picture.format in _PROGRAM_FORMATS:
+        raise MahlstickError(f"{label} is {picture.format}, which is not a pixel format; save it as PNG first")
     try:
         picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # decoding happens here, and fails in every way there is
