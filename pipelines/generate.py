@@ -148,7 +148,7 @@ def replay(
         notes.append(f"made on {made_by.device}, replayed on {device}")
     if notes:
         warnings.warn(f"{path}: the last bits may differ ({'; '.join(notes)})", stacklevel=2)
-    where = {} if pipe is not None else {"device": device or made_by.device, "dtype": made_by.dtype}
+    where: dict[str, Any] = {} if pipe is not None else {"device": device or made_by.device, "dtype": made_by.dtype}
     with _threads(made_by.threads):
         images = generate(request, pipe=pipe, loader=loader, progress=progress, **where).images
     return images if made_by.index is None else [images[made_by.index]]
@@ -179,7 +179,12 @@ def _open_pictures(request: Request) -> Request:
     def control(spec: ControlSpec, name: str) -> ControlSpec:
         image = _annotated(spec, name) if spec.annotator else open_picture(spec.image, f"{name} picture")
         # The control picture is what is kept and replayed, not how it was made.
-        update = {"image": image, "mask": mask(spec.mask, f"{name} mask"), "annotator": None, "options": {}}
+        update: dict[str, Any] = {
+            "image": image,
+            "mask": mask(spec.mask, f"{name} mask"),
+            "annotator": None,
+            "options": {},
+        }
         return spec.model_copy(update=update)
 
     def image_prompt(spec: ImagePromptSpec, name: str) -> ImagePromptSpec:
@@ -251,7 +256,7 @@ def _size(request: Request) -> tuple[int, int]:
     """(width, height) of the result."""
     if request.width is not None and request.height is not None:
         return request.width, request.height
-    return request.init.size  # type: ignore[no-any-return, union-attr]
+    return request.init.size  # type: ignore[union-attr]
 
 
 def _fit_pictures(request: Request) -> Request:
@@ -291,8 +296,9 @@ def _units(request: Request, pipe: Any, loader: Loader) -> list[Any]:
 
     def mask(picture: Image.Image | None) -> Image.Image | None:
         """As it is, unless the canvas is larger than the result; then it must not stretch over the margin."""
-        whole = picture is None or (size[0] % factor == 0 and size[1] % factor == 0)
-        return picture if whole else _padded(resize(picture, size), factor)
+        if picture is None or (size[0] % factor == 0 and size[1] % factor == 0):
+            return picture
+        return _padded(resize(picture, size), factor)
 
     controls = [
         Control(
@@ -383,6 +389,6 @@ def _pictures(pipe: Any, pixels: np.ndarray[Any, Any], request: Request) -> list
     images: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
     if request.init is not None:
         images = [image.crop((0, 0, *request.init.size)) for image in images]
-    if request.mask is not None:
+    if request.init is not None and request.mask is not None:
         images = [Image.composite(image, request.init, request.mask) for image in images]
     return images

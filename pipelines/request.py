@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
 
 from mahlstick.errors import MahlstickError
 from mahlstick.pictures import load_mask, load_picture
@@ -78,7 +79,7 @@ def _dump_adapter(value: Any) -> str:
     if isinstance(value, str):
         return value
     raise MahlstickError(
-        f"adapter: a {type(value).__name__} object cannot be written as JSON; save_pretrained it and give the path"
+        f"adapter: {type(value).__name__} objects cannot be written as JSON; save_pretrained it and give the path"
     )
 
 
@@ -106,7 +107,7 @@ def _field(location: Iterable[int | str]) -> str:
 
 
 def _known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    inner = {"controls": ControlSpec, "image_prompts": ImagePromptSpec}
+    inner: dict[str, type[BaseModel]] = {"controls": ControlSpec, "image_prompts": ImagePromptSpec}
     return list(inner.get(str(location[0]), model).model_fields if len(location) > 1 else model.model_fields)
 
 
@@ -157,10 +158,14 @@ class Spec(BaseModel):
 
     def to_json(self, indent: int | None = 2) -> str:
         """JSON text; pictures given as objects become ``data:`` URLs, adapters given as objects are refused."""
-        return json.dumps(self.model_dump(mode="json"), indent=indent, ensure_ascii=False)
+        try:
+            return json.dumps(self.model_dump(mode="json"), indent=indent, ensure_ascii=False)
+        except PydanticSerializationError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, MahlstickError) else error) from None
 
 
 class _Unit(Spec):
+    adapter: AdapterSource
     start: Fraction = 0.0
     end: Fraction = 1.0
     mask: Mask | None = None
