@@ -74,6 +74,36 @@ NOT_APPLICABLE: dict[str, str] = {
     "VersatileDiffusionTextToImagePipeline": VERSATILE,
 }
 
+PLUGINS = """
+## As a plug-in of diffusers
+
+A custom pipeline that takes the units of each call. diffusers asks for `trust_remote_code` even where the code is on
+your disk:
+
+```python
+from diffusers import DiffusionPipeline
+from mahlstick.pipelines import custom
+
+pipe = DiffusionPipeline.from_pretrained(
+    base, custom_pipeline=custom.STABLE_DIFFUSION, trust_remote_code=True  # or custom.STABLE_DIFFUSION_XL
+)
+images = pipe("a red fox", units=[ms.Control(net, edges), ms.ImagePrompt(ip, [ref])]).images
+```
+
+For any other class: `class Inpaint(custom.UnitsMixin, StableDiffusionInpaintPipeline): ...`
+
+A block of the modular pipelines, which diffusers has for SDXL:
+
+```python
+from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+from mahlstick.pipelines.modular import with_units
+
+pipe = with_units(StableDiffusionXLAutoBlocks()).init_pipeline(base)
+pipe.load_components()
+images = pipe(prompt="a red fox", units=[ms.Control(net, edges)], output="images")
+```
+"""
+
 
 def owners() -> dict[str, type]:
     """Every pipeline class of the installed diffusers that owns a `UNet2DConditionModel`, by name."""
@@ -131,7 +161,7 @@ def render() -> str:
         module = pipeline.__module__.removeprefix("diffusers.pipelines.").rpartition(".")[0]
         verdict = f"not applicable: {NOT_APPLICABLE[name]}" if name in NOT_APPLICABLE else "tested"
         lines.append(f"| `{name}` | {module} | {verdict} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + PLUGINS
 
 
 def main() -> None:
