@@ -89,7 +89,8 @@ class ControlNet(Adapter):
         super().__init__()
         from diffusers.configuration_utils import FrozenDict
 
-        self.config = FrozenDict(config)
+        # JSON has lists where Python has tuples.
+        self.config = FrozenDict({name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
         with torch.device("meta"):  # only the structure of the encoder is wanted
             unet = UNet2DConditionModel.from_config(_encoder_config(config))
         self.time_proj = unet.time_proj
