@@ -194,7 +194,7 @@ class ImagePromptSpec(_Unit):
 
     scale: Scale = 1.0
     adapter: AdapterSource = Field(
-        "ip_adapter", description="path or hub id of the weights; left open, the embedded one"
+        "ip-adapter", description="path or hub id of the weights; left open, the embedded one"
     )
     image_encoder: str | None = Field(None, description="folder or hub id of the CLIP vision model, where needed")
     images: list[Picture] = Field(min_length=1, max_length=64)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests import tiny
 
 import mahlstick as ms
 from mahlstick.adapters import formats
@@ -20,6 +19,7 @@ from mahlstick.pipelines.generate import generate, replay
 from mahlstick.pipelines.load import Loader, adapter_path, for_task, load_pipeline
 from mahlstick.pipelines.recipe import read_recipe
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request
+from tests import tiny
 
 STEPS = 3
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests import tiny
 
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines import prompts, schedulers
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, open_picture
+from tests import tiny
 
 # A request as version 1 wrote it on its first day. It stays readable; never edit it.
 FIRST_DAY = """{

@@ -15,6 +15,7 @@ import mahlstick
 from mahlstick.errors import MahlstickError
 
 PROGRAM = "mahlstick"
+INTERRUPTED = 130
 
 app = typer.Typer(
     name=PROGRAM,
@@ -440,15 +441,16 @@ def main(argv: list[str] | None = None) -> int:
             warnings.filterwarnings("always", category=UserWarning, module=r"mahlstick\.")
             warnings.showwarning = _show_warning
         try:
-            code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
-            return code if isinstance(code, int) else 0
+            code = app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):
-            _complain("interrupted; nothing half-written is left")
-            return 130
+            code = INTERRUPTED
         except Exception as error:
             if debug:
                 raise
-            return _fail(error)
+            code = _fail(error)
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+        _complain("interrupted; nothing half-written is left")
+    return int(code)
 
 
 def _fail(error: Exception) -> int:
