@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import mahlstick as ms
 from mahlstick.adapters import formats
@@ -370,6 +371,63 @@ def test_bases_that_cannot_be_loaded(
     with pytest.raises(MahlstickError, match=sentence) as caught:
         load_pipeline(source.format(**places))
     assert "\n" not in str(caught.value)
+
+
+def original_unet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tiny UNet (two levels of one layer) under the names of the original Stable Diffusion files."""
+    modules = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+        "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "down_blocks.1.attentions.0": "input_blocks.3.1",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.attentions.0": "output_blocks.0.1",
+        "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.0.attentions.1": "output_blocks.1.1",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+        "up_blocks.1.resnets.0": "output_blocks.2.0",
+        "up_blocks.1.resnets.1": "output_blocks.3.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    parts = {
+        "norm1.": "in_layers.0.",
+        "conv1.": "in_layers.2.",
+        "time_emb_proj.": "emb_layers.1.",
+        "norm2.": "out_layers.0.",
+        "conv2.": "out_layers.3.",
+        "conv_shortcut.": "skip_connection.",
+    }
+    renamed = {}
+    for name, value in state.items():
+        module = next(ours for ours in modules if name.startswith(f"{ours}."))
+        inner = name.removeprefix(f"{module}.")
+        if "resnets" in module:
+            inner = next(inner.replace(ours, theirs) for ours, theirs in parts.items() if inner.startswith(ours))
+        renamed[f"model.diffusion_model.{modules[module]}.{inner}"] = value
+    assert len(renamed) == len(state)
+    return renamed
+
+
+def test_a_single_file_base_with_local_configs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_pipeline(models / "base")
+    save_file(original_unet(whole.unet.state_dict()), tmp_path / "model.safetensors")
+    parts = {name: part for name, part in whole.components.items() if name not in ("unet", "scheduler")}
+    single = load_pipeline(tmp_path / "model.safetensors", config=str(models / "base"), **parts)
+    assert type(single).__name__ == "StableDiffusionPipeline"
+    for name, value in whole.unet.state_dict().items():
+        assert torch.equal(single.unet.state_dict()[name], value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        MahlstickError, match=r"model\.safetensors: its configs and tokenizer come from the hub.*config="
+    ):
+        load_pipeline(tmp_path / "model.safetensors")
 
 
 def test_devices_and_dtypes_that_are_not(models: Path) -> None:
