@@ -120,8 +120,9 @@ def generate(
         opened = opened.model_copy(update={"base": f"<{type(pipe).__name__} in memory>"})
     worker = for_task(base, request.task)
     resolved = _fit_pictures(_resolve(opened, worker))
+    schedulers.check_steps(schedulers.build(resolved.scheduler, worker.scheduler), resolved.steps)
     made_by = recipe.describe(resolved, worker._execution_device.type, worker.dtype)
-    with _prepared(worker, resolved.scheduler, progress), attach(worker, *_units(resolved, worker, loader)):
+    with _prepared(worker, resolved, progress), attach(worker, *_units(resolved, worker, loader)):
         images = _run(worker, resolved, callback)
     return Result(images, made_by)
 
@@ -329,10 +330,10 @@ def _units(request: Request, pipe: Any, loader: Loader) -> list[Any]:
 
 
 @contextmanager
-def _prepared(pipe: Any, scheduler: str | None, progress: bool) -> Iterator[None]:
+def _prepared(pipe: Any, request: Request, progress: bool) -> Iterator[None]:
     """``pipe`` with a fresh scheduler and our progress bar, and as it was afterwards."""
     before = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
-    pipe.scheduler = schedulers.build(scheduler, pipe.scheduler)
+    pipe.scheduler = schedulers.build(request.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=not progress)
     try:
         yield

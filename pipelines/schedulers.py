@@ -101,3 +101,17 @@ def build(name: str | None, scheduler: Any) -> Any:
         raise MahlstickError(f"scheduler {name!r}: {class_name} has no {refused[0]}; drop the suffix")
     overrides = {entry: value for entry, value in overrides.items() if entry in accepted}
     return scheduler_class.from_config(scheduler.config, **overrides)
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Raises :class:`MahlstickError` where ``scheduler`` has no ``steps`` steps; it is not fit for use afterwards."""
+    name = type(scheduler).__name__
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise MahlstickError(f"steps: {steps} do not do for {name} ({reason[:200]})") from error
+    # With leading spacing and an offset the first of 1000 steps would lie behind the last that was trained.
+    last = scheduler.config.num_train_timesteps - 1
+    if float(scheduler.timesteps.max()) > last:
+        raise MahlstickError(f"steps: {steps} are too many for {name}; take at most {last}")

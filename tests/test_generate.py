@@ -205,6 +205,21 @@ def test_replay_is_bit_equal_and_needs_no_pictures(models: Path, tmp_path: Path)
         assert same(again, image)
 
 
+def test_replay_runs_on_as_many_threads_as_the_picture_did(models: Path, loader: Loader, tmp_path: Path) -> None:
+    request = request_for(models, width=256, height=256)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        result = generate(request, loader=loader, progress=False)
+        torch.set_num_threads(1)
+        [again] = replay(result.save(tmp_path / "out.png")[0], progress=False)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert result.recipe.threads == 2
+    assert same(again, result.images[0])
+
+
 def test_replay_of_inpainting_at_any_size(models: Path, tmp_path: Path) -> None:
     mask = Image.new("L", (61, 90), 200)
     result = generate(request_for(models, init=tiny.picture(61, 90), mask=mask), progress=False)
@@ -333,6 +348,17 @@ def test_another_bases_adapter_is_refused_from_its_header(
     monkeypatch.setattr(Loader, "pipeline", lambda *_, **__: pytest.fail("loaded first"))
     with pytest.raises(MahlstickError, match=r"xl: this ControlNet was made for SDXL.*the UNet is another base"):
         generate(request)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "sentence"),
+    [("ddim", 1000, "steps: 1000 are too many for DDIMScheduler"), ("lcm", 60, "steps: 60 do not do for LCMScheduler")],
+)
+def test_more_steps_than_a_scheduler_has(
+    models: Path, loader: Loader, scheduler: str, steps: int, sentence: str
+) -> None:
+    with pytest.raises(MahlstickError, match=sentence):
+        generate(request_for(models, scheduler=scheduler, steps=steps), loader=loader)
 
 
 def test_nan_weights_are_named(models: Path) -> None:
