@@ -348,9 +348,8 @@ class ControlAttachment(Attachment):
     def _encoded_hint(self, height: int, width: int) -> Tensor:
         net = self.adapter
         key = (height, width, net.device, net.dtype)
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in net.controlnet_cond_embedding.parameters())
-        # A hint computed for a step of training, or under inference_mode, cannot serve a backward pass later.
-        if self._hint is not None and self._hint[0] == key and not learning:
+        # Neither a hint of an earlier graph nor one made under inference_mode can serve a backward pass.
+        if self._hint is not None and self._hint[0] == key and not torch.is_grad_enabled():
             return self._hint[1]
         size = height * net.hint_factor, width * net.hint_factor
         image = self.image(*size) if callable(self.image) else self.image
@@ -361,7 +360,7 @@ class ControlAttachment(Attachment):
                 f"give (n, {image.shape[1]}, {size[0]}, {size[1]}), or a PIL picture of any size."
             )
         hint = net.encode_hint(image)
-        self._hint = None if learning else (key, hint)
+        self._hint = None if torch.is_grad_enabled() else (key, hint)
         return hint
 
     def _mask_at(self, size: Sequence[int], like: Tensor, batch: int, parts: tuple[str, ...] | None) -> Tensor:

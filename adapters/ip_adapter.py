@@ -160,7 +160,9 @@ class IPAdapter(Adapter):
             )
         self._check_encoder(model)
         processor = processor or _default_processor(model)
-        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(model.dtype)
+        if model.device.type != "meta":  # accelerate's sequential offload places the input itself
+            pixels = pixels.to(model.device)
         if self.image_proj.pooled:
             pooled = model(pixels).image_embeds
             return pooled, torch.zeros_like(pooled[:1])
