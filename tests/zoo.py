@@ -40,6 +40,12 @@ def mask() -> Image.Image:
 # Components that no pipeline changes are shared; UNets are built anew for each test.
 
 
+def renew() -> None:
+    """Build the shared components anew: for tests that change them."""
+    for component in (text_encoder, text_encoder_2, image_encoder, vae):
+        component.cache_clear()
+
+
 @cache
 def tokenizer() -> Any:
     letters = list(bytes_to_unicode().values())
