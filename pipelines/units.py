@@ -82,6 +82,8 @@ class ImagePrompt(Unit):
     or a list of lists (for each picture of the batch its own). ``features`` is the encoder's output instead of
     pictures, pooled ``(n, feature_dim)`` or per patch ``(n, length, feature_dim)``.
     ``negative``, ``negative_features``: what the unconditional half sees; without them no picture.
+    ``resize``: what becomes of a reference that is not square: its middle (crop, as the encoders' own preparation
+    does), all of it with a margin (pad) or out of shape (stretch).
     ``mask``: 1 or white where the unit acts. ``blocks``: ``all``, ``style``, ``layout`` or a share for each block by
     name.
     """
@@ -96,6 +98,7 @@ class ImagePrompt(Unit):
     negative: PictureLike | Sequence[PictureLike] | None = None
     features: Tensor | None = None
     negative_features: Tensor | None = None
+    resize: pictures.ResizeMode = "crop"
     window: Literal["steps", "noise"] = "steps"
 
     def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> ImageAttachment:
@@ -119,13 +122,17 @@ class ImagePrompt(Unit):
             features, nothing = self.features, torch.zeros_like(self.features[:1])
         else:
             references, groups = _grouped(self.images)
-            features, nothing = self.adapter.features(references, encoder)
+            features, nothing = self.adapter.features([self._square(r) for r in references], encoder)
         if self.negative_features is not None:
             nothing = self.negative_features
         elif self.negative is not None:
-            nothing, _ = self.adapter.features(_flat(self.negative, "negative"), encoder)
+            nothing, _ = self.adapter.features([self._square(n) for n in _flat(self.negative, "negative")], encoder)
         tokens = _References(self.adapter.tokens(features), groups)
         return tokens, _joined(self.adapter.tokens(nothing))
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        side = max(picture.size)
+        return picture if self.resize == "crop" else pictures.resize(picture, (side, side), self.resize)
 
 
 class _Resized:

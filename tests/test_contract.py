@@ -571,6 +571,21 @@ def test_references_for_each_picture_of_the_batch() -> None:
         run([[a, b], [a]])
 
 
+def test_a_reference_that_is_not_square_keeps_what_was_said() -> None:
+    unet, inputs = tiny.unet("sd1"), tiny.unet_inputs("sd1")
+    ip = trained(SUBJECTS[1], unet)
+    ip.use_encoder(tiny.image_encoder(), tiny.feature_extractor())
+    wide = tiny.picture(1).resize((64, 32))  # as high as the encoder sees, so that nothing is resampled
+
+    def run(picture: Any, **options: Any) -> Tensor:
+        with ms.attach(unet, ms.ImagePrompt(ip, [picture], **options)):
+            return eps(unet, inputs)
+
+    assert torch.allclose(run(wide), run(wide.crop((16, 0, 48, 32))), atol=1e-5)
+    assert torch.allclose(run(wide, resize="stretch"), run(wide.resize((64, 64), 1)), atol=1e-5)
+    assert not torch.allclose(run(wide, resize="pad"), run(wide), atol=1e-4)
+
+
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_a_window_is_a_window(start: float, end: float) -> None:
     if start < end:
