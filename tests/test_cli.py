@@ -130,6 +130,20 @@ def test_several_pictures_and_folders(here: Path, capsys: pytest.CaptureFixture[
     assert "x-1.png  seed 7  (replaced)" in capsys.readouterr().out
 
 
+def test_an_image_encoder_for_a_base_without_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.sd().image_encoder.save_pretrained("encoder")
+    bare = json.loads(Path("base", "model_index.json").read_text())
+    Path("bare").mkdir()
+    for part in Path("base").iterdir():
+        (Path("bare") / part.name).symlink_to(part.resolve())
+    Path("bare", "model_index.json").unlink()
+    Path("bare", "model_index.json").write_text(json.dumps({**bare, "image_encoder": [None, None]}))
+    asked = ["--base", "bare", "--image-prompt", "ip=reference.png", "--out", "o.png"]
+    assert fast(*asked) == 2
+    assert "no image encoder" in capsys.readouterr().err
+    assert fast(*asked, "--image-encoder", "encoder") == 0
+
+
 def test_inpainting(here: Path) -> None:
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))

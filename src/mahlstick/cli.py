@@ -100,6 +100,10 @@ def generate(
         list[str] | None,
         typer.Option(metavar="[ADAPTER=]PICTURE[:SCALE]", help="Take after a reference picture. May be repeated."),
     ] = None,
+    image_encoder: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The vision model for --image-prompt, where the base brings none."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed makes the same picture.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 20]")] = None,
     guidance: Annotated[
@@ -144,7 +148,7 @@ def generate(
         "strength": strength,
         "mask": mask,
         "controls": [_control(text) for text in control or []],
-        "image_prompts": [_image_prompt(text) for text in image_prompt or []],
+        "image_prompts": [{**_image_prompt(text), "image_encoder": image_encoder} for text in image_prompt or []],
         **_size(size),
     }
     fields = {**_fields(request), **{name: value for name, value in given.items() if value not in (None, [])}}
