@@ -144,8 +144,10 @@ class _Resized:
         self.pictures = [] if self.tensor is not None else _flat(image, "control picture")
 
     def __call__(self, height: int, width: int) -> Tensor:
-        if self.tensor is not None:
-            return self.tensor
+        return self.tensor if self.tensor is not None else self._resized(height, width)
+
+    @torch.compiler.disable  # a compiled UNet asks once, and there is nothing to compile in Pillow
+    def _resized(self, height: int, width: int) -> Tensor:
         for picture in self.pictures:
             if self.mode == "stretch" and pictures.aspect_differs(picture, (width, height)):
                 warnings.warn(
