@@ -84,9 +84,8 @@ your disk:
 from diffusers import DiffusionPipeline
 from mahlstick.pipelines import custom
 
-pipe = DiffusionPipeline.from_pretrained(
-    base, custom_pipeline=custom.STABLE_DIFFUSION, trust_remote_code=True  # or custom.STABLE_DIFFUSION_XL
-)
+kind = custom.STABLE_DIFFUSION  # or custom.STABLE_DIFFUSION_XL
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=kind, trust_remote_code=True)
 images = pipe("a red fox", units=[ms.Control(net, edges), ms.ImagePrompt(ip, [ref])]).images
 ```
 

@@ -146,7 +146,8 @@ class _Resized:
     def __call__(self, height: int, width: int) -> Tensor:
         return self.tensor if self.tensor is not None else self._resized(height, width)
 
-    @torch.compiler.disable  # a compiled UNet asks once, and there is nothing to compile in Pillow
+    # A compiled UNet asks once, and there is nothing to compile in Pillow.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _resized(self, height: int, width: int) -> Tensor:
         for picture in self.pictures:
             if self.mode == "stretch" and pictures.aspect_differs(picture, (width, height)):

@@ -23,5 +23,5 @@ class UnitsMixin:
 
     def __call__(self, *args: Any, units: Sequence[Unit] = (), **kwargs: Any) -> Any:
         """As diffusers' pipeline, with ``units`` attached. Raises ``MahlstickError`` where a unit does not fit."""
-        with attach(self, *units):  # type: ignore[arg-type]
+        with attach(self, *units):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
