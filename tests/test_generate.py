@@ -441,11 +441,18 @@ def original_unet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def test_a_single_file_base_with_local_configs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_pipeline(models / "base")
+def test_a_single_file_base_with_local_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    whole = tiny.sd(**levels)
+    whole.save_pretrained(tmp_path / "base")
     save_file(original_unet(whole.unet.state_dict()), tmp_path / "model.safetensors")
     parts = {name: part for name, part in whole.components.items() if name not in ("unet", "scheduler")}
-    single = load_pipeline(tmp_path / "model.safetensors", config=str(models / "base"), **parts)
+    single = load_pipeline(tmp_path / "model.safetensors", config=str(tmp_path / "base"), **parts)
     assert type(single).__name__ == "StableDiffusionPipeline"
     for name, value in whole.unet.state_dict().items():
         assert torch.equal(single.unet.state_dict()[name], value)

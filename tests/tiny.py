@@ -7,125 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 import mahlstick as ms
+from benchmarks.tiny import SIZE, WIDTH, components, quiet
 
-SIDE = 64  # pixels; latents are 8 x 8
-WIDTH = 32  # of text and image features
-_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-def tokenizer() -> CLIPTokenizer:
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!?:;()-+'"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+SIDE = SIZE
 
 
-def _text_encoder(kind: Any, words: CLIPTokenizer) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=WIDTH,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    return kind(config).eval()
-
-
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=[16, 16, 16, 16],
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=8,
-    ).eval()
-
-
-def _unet(**config: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=SIDE // 8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        **config,
-    ).eval()
-
-
-def sd(in_channels: int = 4) -> StableDiffusionPipeline:
-    """Of the shape of Stable Diffusion 1.x, with an image encoder."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        projection_dim=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    pipe = StableDiffusionPipeline(
-        vae=_vae(),
-        unet=_unet(in_channels=in_channels, cross_attention_dim=WIDTH, attention_head_dim=8),
-        scheduler=DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False),
-        text_encoder=_text_encoder(CLIPTextModel, words),
-        tokenizer=words,
-        safety_checker=None,
-        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def sd(**unet: Any) -> StableDiffusionPipeline:
+    """Of the shape of Stable Diffusion 1.x, with an image encoder; ``unet`` changes the UNet's config."""
+    return quiet(StableDiffusionPipeline(**components("sd1", **unet)))
 
 
 def sdxl() -> StableDiffusionXLPipeline:
     """Of the shape of Stable Diffusion XL."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    pipe = StableDiffusionXLPipeline(
-        vae=_vae(),
-        unet=_unet(
-            cross_attention_dim=2 * WIDTH,
-            attention_head_dim=(2, 4),
-            transformer_layers_per_block=(1, 2),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
-        ),
-        scheduler=EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading"),
-        text_encoder=_text_encoder(CLIPTextModel, words),
-        text_encoder_2=_text_encoder(CLIPTextModelWithProjection, words),
-        tokenizer=words,
-        tokenizer_2=words,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(StableDiffusionXLPipeline(**components("sdxl", "EulerDiscreteScheduler")))
 
 
 def picture(width: int = SIDE, height: int = SIDE, seed: int = 0) -> Image.Image:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import mahlstick as ms
 from benchmarks.catalogue import owners
+from benchmarks.tiny import WIDTH as DIM
+from benchmarks.tiny import text_encoder, tokenizer
 
 SIZE = 32  # pixels; the tiny VAE makes 16 x 16 latents of them
-DIM = 32  # of text and image embeddings
 
 
 def seeded(build: Callable[[], Any]) -> Any:
@@ -47,35 +47,8 @@ def renew() -> None:
 
 
 @cache
-def tokenizer() -> Any:
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
-
-
-def text_config() -> Any:
-    return transformers.CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=DIM,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=DIM,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
-
-
-@cache
-def text_encoder() -> Any:
-    return seeded(lambda: transformers.CLIPTextModel(text_config()))
-
-
-@cache
 def text_encoder_2() -> Any:
-    return seeded(lambda: transformers.CLIPTextModelWithProjection(text_config()))
+    return text_encoder(True)
 
 
 @cache
