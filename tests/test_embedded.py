@@ -133,6 +133,7 @@ def test_every_stage_trains_resumes_and_assembles(pictures, tmp_path):
     stages = [
         ("vae", train.train_vae),
         ("clip", train.train_clip),
+        ("text-layout", train.train_layout),
         ("base", train.train_base),
         ("controlnet", lambda p, r: train.train_controlnet(p, r, copies=1)),
         ("ip-adapter", train.train_ip_adapter),

@@ -14,9 +14,11 @@ STAGES: dict[str, tuple[str, float, int, float, float]] = {
     "data": ("fetch the packages with npm and draw the pictures", 0, 0, 0, 0),
     "vae": ("pictures <-> latents", 15, 8, 1e-3, 0.99),
     "clip": ("text and image towers, contrastively", 6, 128, 1e-3, 0.98),
+    "text": ("teach the text encoder where things are in a picture", 5, 64, 1e-3, 0.99),
     "base": ("the UNet, with the text encoder trained along", 55, 16, 6e-4, 0.998),
     "controlnet": ("line-art ControlNet on the frozen base", 14, 16, 4e-4, 0.995),
     "ip-adapter": ("image prompts on the frozen base", 10, 16, 1e-3, 0.995),
+    "examples": ("draw the example inputs into assets/examples", 0, 0, 0, 0),
     "assemble": ("write assets/embedded from the cache", 0, 0, 0, 0),
     "evaluate": ("measure control, image prompts and words, and write the figures into the model card", 0, 0, 0, 0),
 }
@@ -85,10 +87,16 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
         logging.info(
             "%d concepts to train on, %d held out, %d pictures", *data.split_counts(pictures), len(pictures.rgba)
         )
+    elif stage == "examples":
+        from mahlstick.training.embedded import examples
+
+        examples.write(args.cache, args.out)
     elif stage == "vae":
         train.train_vae(pictures, run)
     elif stage == "clip":
         train.train_clip(pictures, run)
+    elif stage == "text":
+        train.train_layout(pictures, run)
     elif stage == "base":
         train.train_base(pictures, run)
     elif stage == "controlnet":

@@ -54,7 +54,8 @@ STYLE_PACKAGES = {
 SUBGROUPS = (
     "heart face-costume animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug "
     "plant-flower plant-other food-fruit food-vegetable food-prepared food-asian food-sweet drink dishware "
-    "place-building transport-ground transport-water transport-air sky-weather sport game clothing musical-instrument lock tool "
+    "place-building transport-ground transport-water transport-air sky-weather sport game clothing "
+    "musical-instrument lock tool "
     "household geometric"
 ).split()
 # Learned first: the base sees these more often than clothing, tools and household.

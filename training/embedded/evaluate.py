@@ -298,6 +298,7 @@ def card(pictures: data.Pictures, run: train.Run, folder: Path, figures: dict[st
             f"| `{path.parent.relative_to(folder)}` | {count / 1e6:.2f} M | {path.stat().st_size / 1e6:.1f} MB |"
         )
     stages = json.loads((run.cache / "training.json").read_text())
+    remarks = "".join(f"- {remark}\n" for remark in stages.pop("remarks", []))
     trained = [
         f"| {k} | {v['steps']:,} | {v['batch']} | {v['lr']:g} | {v['minutes']} | {v['loss']} | {v['seed']} |"
         for k, v in stages.items()
@@ -332,8 +333,9 @@ on emoji art so that everything in this project can be tried without a model hub
 {chr(10).join(sizes)}
 
 ## Data
-{learned} concepts in {len(data.STYLES)} styles; the base's, the ControlNet's and the IP-Adapter's targets are the 3D style only.
-Pictures recoloured in {len(data.COLOURS)} colours teach the colour words. The pictures themselves are not part of this project.
+{learned} concepts in {len(data.STYLES)} styles; the base's, the ControlNet's and the IP-Adapter's targets are the
+3D style only. Pictures recoloured in {len(data.COLOURS)} colours teach the colour words. The pictures themselves are
+not part of this project.
 
 | npm package | version | licence |
 |---|---|---|
@@ -346,30 +348,32 @@ contributors) trained the VAE, the CLIP towers and the IP-Adapter's references.
 
 ## How it was made
 Two CPU cores without fast bf16, shared with other work: the minutes are wall-clock time under that load.
-`python -m mahlstick.training.embedded all` runs every stage; each goes on from its checkpoint in `.cache/embedded/`, and
-`python -m mahlstick.training.embedded base --minutes 120` extends one (then run the stages after it again).
+`python -m mahlstick.training.embedded all` runs every stage; each goes on from its checkpoint in
+`.cache/embedded/`, and `python -m mahlstick.training.embedded base --minutes 120` extends one (then run the stages
+after it again).
 
 | stage | steps | batch | peak rate | minutes | last loss | seed |
 |---|---|---|---|---|---|---|
 {chr(10).join(trained)}
 
+{remarks}
 ## Figures
-`python -m mahlstick.training.embedded evaluate` measures these (DPM-Solver++, {STEPS} steps, guidance {GUIDANCE:g}; the same
-seeds with and without the unit). None of the drawings and references was trained on.
+`python -m mahlstick.training.embedded evaluate` measures these (DPM-Solver++, {STEPS} steps,
+guidance {GUIDANCE:g}; the same seeds with and without the unit). None of the drawings and references was trained on.
 
 | | without | with |
 |---|---|---|
 {measured}
 
 - With the ControlNet the edge F1 is {c["ratio"]} times that without.
-- Words alone: of {w["prompts"]} trained concepts, drawn evenly from all, the CLIP towers find the right one among {w["concepts"]}
-  in {w["recall_at_1"]:.0%} of the pictures (in their first five guesses: {w["recall_at_5"]:.0%}). Of 64 "colour thing" prompts,
-  {w["colour_right"]:.0%} show the colour that was asked for as the dominant one.
+- Words alone: of {w["prompts"]} trained concepts, drawn evenly from all, the CLIP towers find the right one
+  among {w["concepts"]} in {w["recall_at_1"]:.0%} of the pictures (in their first five guesses: {w["recall_at_5"]:.0%}).
+  Of 64 "colour thing" prompts, {w["colour_right"]:.0%} show the colour that was asked for as the dominant one.
 - VAE: {figures["vae_psnr"]} dB on the held-out 3D pictures.
 
 ## Limits
 64 px, plain white background, one object, {learned} concepts: other words give something emoji-like at best. Animals,
 plants, food, vehicles of the air and the sky were drawn three times as often as the rest and come out best. No people,
-no flags, no text. Two objects, counts and positions are not understood. Prompts are cut after {models.TOKENS} tokens. It has no
-safety checker: it has seen nothing but emoji. It is for demonstrations and tests.
+no flags, no text. Two objects, counts and positions are not understood. Prompts are cut after {models.TOKENS} tokens.
+It has no safety checker: it has seen nothing but emoji. It is for demonstrations and tests.
 """

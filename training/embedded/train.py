@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 EMPTY = 0.12  # share of empty captions when the base is trained, for classifier-free guidance
 MIN_SNR = 5.0  # γ of 2303.09556
+LESSON = 0.03  # weight of Reading's loss
+FLOOR = 0.5  # added to it: see Noise.loss
 
 
 @dataclass
@@ -127,7 +130,12 @@ def train(
         return {k: m.eval() for k, m in twins.items()}
 
     clock = saved = time.monotonic()
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:  # the helpers of a distributed run draw other batches, and leave writing to the first process
+        rng.seed(run.seed + step + rank)
+        torch.manual_seed(run.seed + step + rank)
     bar = tqdm(
+        disable=rank > 0,
         total=1000,
         desc=name,
         initial=min(1000, int(1000 * progress())),
@@ -140,6 +148,7 @@ def train(
             loss = loss_of(rng)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        spent = share(weights, spent)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - decay(step, run.ema))
@@ -149,12 +158,14 @@ def train(
         spent, clock = spent + now - clock, now
         bar.n = min(1000, int(1000 * progress()))
         bar.set_postfix_str(f"step {step} loss {mean:.4f} {step * run.batch / spent:.1f}/s", refresh=step % 10 == 0)
-        if now - saved > run.save_every:
+        if now - saved > run.save_every and not rank:
             save()
             if preview:
                 preview(averaged())
             saved = clock = time.monotonic()
     bar.close()
+    if rank:
+        raise SystemExit(0)
     if step > 0 and (not path.exists() or step != torch.load(path, weights_only=True, mmap=True)["step"]):
         save()
     run.steps_done = step
@@ -167,13 +178,36 @@ def train(
         {
             "steps": step,
             "minutes": round(spent / 60, 1),
-            "batch": run.batch,
+            "batch": run.batch * int(os.environ.get("WORLD_SIZE", "1")),
             "lr": run.lr,
             "loss": round(mean, 4),
             "seed": run.seed,
         },
     )
     return done
+
+
+def share(weights: list[nn.Parameter], spent: float) -> float:
+    """Average the gradients, and the time spent, over the processes of a run under ``torchrun``; else do nothing.
+
+    On processors that other work competes for, one thread in each of several processes is faster than several threads
+    in one: there is one wait a step instead of one in every operation.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return spent
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    flat = torch.cat([p.grad.flatten() for p in weights if p.grad is not None] + [torch.tensor([spent])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    at = 0
+    for p in weights:
+        if p.grad is not None:
+            p.grad.copy_(flat[at : at + p.numel()].view_as(p.grad))
+            at += p.numel()
+    return float(flat[-1])
 
 
 def note(cache: Path, stage: str, facts: dict[str, Any]) -> None:
@@ -332,6 +366,14 @@ class Latents:
         return [i + self.plain * rng.randint(1, copies) if rng.random() < tinted else i for i in drawn]
 
 
+def kept(run: Run, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` returns, from ``cache/name`` when that is newer than the VAE: encoding takes a minute."""
+    path, vae = run.cache / name, run.cache / "vae" / "config.json"
+    if not path.exists() or path.stat().st_mtime < vae.stat().st_mtime:
+        torch.save(make(), path)
+    return dict(torch.load(path, weights_only=True))
+
+
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, x: Tensor) -> Tensor:
     """(N, 3, 64, 64) in [−1, 1] → latents (N, 4, 16, 16): the posterior's mean."""
@@ -373,9 +415,12 @@ class Noise:
         return noised.contiguous(memory_format=last), v.contiguous(memory_format=last)
 
     def loss(self, prediction: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Squared error of v, weighted by min(SNR, γ)/(SNR + 1)."""
+        """Squared error of v, weighted by (min(SNR, γ) + ½)/(SNR + 1).
+
+        Min-SNR with a floor: without the ½ the noisiest steps, in which the words decide what is drawn, hardly count.
+        """
         snr = self.alphas[t] / (1 - self.alphas[t])
-        weight = snr.clamp(max=MIN_SNR) / (snr + 1)
+        weight = (snr.clamp(max=MIN_SNR) + FLOOR) / (snr + 1)
         return (weight * (prediction.float() - v).square().mean((1, 2, 3))).mean()
 
 
@@ -419,13 +464,72 @@ def sample(
     return vae.to(device).decode(z).sample.cpu()
 
 
-def train_base(pictures: data.Pictures, run: Run) -> None:
-    """Train UNet and text encoder together on latents of the 3D pictures; write ``cache/unet`` and ``cache/text``."""
+def train_layout(pictures: data.Pictures, run: Run) -> None:
+    """Teach the text encoder where things are, before any UNet is there: write ``cache/text-layout``.
+
+    A UNet without positions takes long to turn one vector into a picture. So the last 16 of the 32 tokens learn to
+    say what the 4 × 4 blocks of the picture look like: token 16 + k → (linear) → the k-th block's latents (4, 4, 4).
+    The text encoder alone is twenty times cheaper than a step of the base, whose attention then finds the layout
+    ready to read.
+    """
     tokenizer = tokenizer_of(pictures, run)
     vae = AutoencoderKL.from_pretrained(run.cache / "vae").eval()
-    text = CLIPTextModel.from_pretrained(run.cache / "clip-text")
+    known = run.cache / "text"
+    text = CLIPTextModel.from_pretrained(known if known.exists() else run.cache / "clip-text")
+    head = nn.Linear(int(text.config.hidden_size), 64)
+    latents = Latents(**kept(run, "latents.pt", lambda: vars(base_latents(pictures, vae))))
+    # (N, 4, 16, 16) → (N, 16 blocks, 4 · 4 · 4)
+    blocks = latents.z.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2).to(run.device)
+
+    def loss_of(rng: random.Random) -> Tensor:
+        index = latents.draw(run.batch, rng)
+        words = [data.caption(pictures.concepts[latents.concept[i]], rng, latents.colour[i]) for i in index]
+        hidden = text(models.encode(tokenizer, words).to(run.device)).last_hidden_state
+        return F.mse_loss(head(hidden[:, -16:]), blocks[index])
+
+    nets = train("text-layout", {"text": text, "head": head}, loss_of, run)
+    nets["text"].cpu().save_pretrained(run.cache / "text-layout")  # type: ignore[operator]
+
+
+class Reading:
+    """Attention lessons: half of the heads at each place look at the token that describes that block of the picture.
+
+    Follows the UNet's cross-attention layers through hooks; ``loss()`` is the cross-entropy of their attention, over
+    all layers of the last forward pass, against the layout tokens of ``train_layout``.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.losses: list[Tensor] = []
+        for name, module in unet.named_modules():
+            if name.endswith("attn2"):
+                module.register_forward_pre_hook(self.read, with_kwargs=True)
+
+    def read(self, attention: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        """x (B, n², channels) and the context (B, 32, width) of one layer → its cross-entropy."""
+        x, context = args[0], kwargs["encoder_hidden_states"]
+        heads, taught, side = attention.heads, max(1, attention.heads // 2), int(x.shape[1] ** 0.5)
+        q = attention.to_q(x).unflatten(-1, (heads, -1))[:, :, :taught]
+        k = attention.to_k(context).unflatten(-1, (heads, -1))[:, :, :taught]
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * attention.scale
+        at = torch.arange(side, device=x.device) * 4 // side
+        token = models.TOKENS - 16 + (at[:, None] * 4 + at).flatten()
+        self.losses.append(F.cross_entropy(logits.flatten(0, 2), token.repeat(len(x) * taught)))
+
+    def loss(self) -> Tensor:
+        """The mean over the layers read since the last call."""
+        total = torch.stack(self.losses).mean()
+        self.losses.clear()
+        return total
+
+
+def train_base(pictures: data.Pictures, run: Run) -> None:
+    """Train the UNet on the latents of the 3D pictures, the text encoder frozen: ``cache/unet`` and ``cache/text``."""
+    tokenizer = tokenizer_of(pictures, run)
+    vae = AutoencoderKL.from_pretrained(run.cache / "vae").eval()
+    text = CLIPTextModel.from_pretrained(run.cache / "text-layout").requires_grad_(False)
     unet, noise = models.make_unet(run.size), Noise(run.device)
-    latents = base_latents(pictures, vae)
+    reading = Reading(unet)
+    latents = Latents(**kept(run, "latents.pt", lambda: vars(base_latents(pictures, vae))))
     latents.z = latents.z.to(run.device)
 
     def loss_of(rng: random.Random) -> Tensor:
@@ -437,9 +541,11 @@ def train_base(pictures: data.Pictures, run: Run) -> None:
         t = noise.times(len(index))
         noised, v = noise.add(latents.z[index], t)
         context = text(models.encode(tokenizer, words).to(run.device)).last_hidden_state
-        return noise.loss(unet(noised, t, context).sample, v, t)
+        return noise.loss(unet(noised, t, context).sample, v, t) + LESSON * reading.loss()
 
     def preview(nets: dict[str, nn.Module]) -> None:
+        for module in nets["unet"].modules():
+            module._forward_pre_hooks.clear()
         x = sample(nets["unet"], nets["text"], vae, tokenizer, list(SAMPLES))  # type: ignore[arg-type]
         sheet([x], run.cache / "sheets" / "base.png")
         nets["unet"].save_pretrained(run.cache / "unet")  # type: ignore[operator]
@@ -496,7 +602,7 @@ def train_controlnet(pictures: data.Pictures, run: Run, copies: int = 12) -> Non
     unet, text, vae = load_base(run)
     controlnet, noise = models.make_controlnet(unet, run.size), Noise(run.device)
     controlnet.requires_grad_(True)
-    drawn = drawings(pictures, vae.cpu(), copies, run.seed)
+    drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae.cpu(), copies, run.seed))))
     drawn.z = drawn.z.to(run.device)
 
     def loss_of(rng: random.Random) -> Tensor:
@@ -574,7 +680,7 @@ def train_ip_adapter(pictures: data.Pictures, run: Run) -> None:
         .requires_grad_(False)
     )
     prompts, noise = ImagePrompts(unet, int(image.config.projection_dim)), Noise(run.device)
-    latents = base_latents(pictures, vae.cpu())
+    latents = Latents(**kept(run, "latents.pt", lambda: vars(base_latents(pictures, vae.cpu()))))
     latents.z = latents.z.to(run.device)
     by_concept: dict[int, list[int]] = {}
     for i in pictures.training().tolist():
@@ -582,17 +688,17 @@ def train_ip_adapter(pictures: data.Pictures, run: Run) -> None:
 
     def loss_of(rng: random.Random) -> Tensor:
         index = latents.draw(run.batch, rng, tinted=0.4)
-        words, references, kept = [], [], []
+        words, references, present = [], [], []
         for i in index:
             concept, colour, lot = latents.concept[i], latents.colour[i], rng.random()
             one = data.warp(pictures.rgba[rng.choice(by_concept[concept])], rng)
             references.append(data.recolour(one[None], colour)[0] if colour else one)
-            kept.append(0.0 if lot < 0.10 else 1.0)  # 5 % the reference alone, 5 % both
+            present.append(0.0 if lot < 0.10 else 1.0)  # 5 % the reference alone, 5 % both
             full = data.caption(pictures.concepts[concept], rng, colour if rng.random() < 0.5 else None)
             words.append("" if 0.05 <= lot < 0.55 else full)
         x = data.on_white(torch.stack(references)).to(run.device)
         with torch.no_grad():
-            features = image(pixel_values=x).image_embeds * torch.tensor(kept, device=run.device)[:, None]
+            features = image(pixel_values=x).image_embeds * torch.tensor(present, device=run.device)[:, None]
             context = text(models.encode(tokenizer, words).to(run.device)).last_hidden_state
         t = noise.times(len(index))
         noised, v = noise.add(latents.z[index], t)
