@@ -293,7 +293,7 @@ def _units(request: Request, pipe: Any, loader: Loader) -> list[Any]:
     def adapter(spec: ControlSpec | ImagePromptSpec, encoder: str | None = None) -> Any:
         if not isinstance(spec.adapter, str):
             return spec.adapter
-        return loader.adapter(adapter_path(spec.adapter), image_encoder=encoder, base=pipe.unet)
+        return loader.adapter(adapter_path(spec.adapter), image_encoder=encoder, dtype=pipe.dtype, base=pipe.unet)
 
     def mask(picture: Image.Image | None) -> Image.Image | None:
         """As it is, unless the canvas is larger than the result; then it must not stretch over the margin."""

@@ -171,14 +171,22 @@ def _failure(source: str, error: Exception, hub: bool) -> MahlstickError:
     return MahlstickError(f"{source}: cannot be loaded ({reason[:200]}); download it again or check its files")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a model's JSON file. Raises :class:`MahlstickError` where it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise MahlstickError(f"{path}: not valid JSON; download the model again") from error
+    if not isinstance(found, dict):
+        raise MahlstickError(f"{path}: holds a {type(found).__name__}, not an object; download the model again")
+    return found
+
+
 def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise MahlstickError(f"{folder}: no model_index.json in it; give the top folder of a diffusers model")
-    try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MahlstickError(f"{index}: not valid JSON; download the model again") from error
+    components = read_json(index)
     if "unet" not in components:
         kind = components.get("_class_name", "model without a class name")
         raise MahlstickError(f"{folder}: a {kind} {_NO_UNET}")
@@ -209,7 +217,7 @@ def unet_config(source: str) -> Mapping[str, Any] | None:
     """The UNet's config of a base in a local folder, without loading a tensor; None where only loading tells."""
     folder = embedded_folder() if source == "embedded" else Path(source).expanduser()
     path = folder / "unet" / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def adapter_path(name: str) -> str:
@@ -248,20 +256,30 @@ class Loader:
         """:func:`load_pipeline` for text, kept."""
         return self._pipeline(source, device, dtype, config, _stamp(source))
 
-    def adapter(self, source: str, *, image_encoder: str | None = None, base: Any = None) -> Adapter:
-        """:func:`mahlstick.load_adapter`, kept; ``base`` is the UNet for files that hold differences from it."""
-        return self._adapter(source, image_encoder, base, _stamp(source))
+    def adapter(
+        self,
+        source: str,
+        *,
+        image_encoder: str | None = None,
+        dtype: torch.dtype | None = None,
+        base: Any = None,
+    ) -> Adapter:
+        """:func:`mahlstick.load_adapter`, kept.
+
+        A file that holds differences from ``base``, a UNet, is read each time: to keep it would keep that UNet.
+        """
+        if formats.inspect(source).layout == "original difference":
+            return load_adapter(source, dtype=dtype, base=base)
+        return self._adapter(source, image_encoder, dtype, _stamp(source))
 
     @staticmethod
     def _load_pipeline(source: str, device: Any, dtype: Any, config: str | None, stamp: object) -> Any:
         return load_pipeline(source, device=device, dtype=dtype, config=config)
 
     @staticmethod
-    def _load_adapter(source: str, image_encoder: str | None, base: Any, stamp: object) -> Adapter:
-        config: dict[str, Any] = {"image_encoder": image_encoder} if image_encoder else {}
-        if formats.inspect(source).layout == "original difference":
-            config["base"] = base
-        return load_adapter(source, **config)
+    def _load_adapter(source: str, image_encoder: str | None, dtype: Any, stamp: object) -> Adapter:
+        config = {"image_encoder": image_encoder} if image_encoder else {}
+        return load_adapter(source, dtype=dtype, **config)
 
 
 def _stamp(source: str) -> tuple[tuple[str, int, int], ...]:

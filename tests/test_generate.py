@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mahlstick as ms
@@ -381,6 +384,7 @@ def test_nan_weights_are_named(models: Path) -> None:
         ("{models}/base/unet/diffusion_pytorch_model.safetensors", "is a unet, not a base model"),
         ("{broken}", "broken: cannot be loaded"),
         ("{flux}", "flux: a FluxPipeline has no UNet"),
+        ("{listed}", r"model_index\.json: holds a list, not an object"),
         ("owner/name", "owner/name: not a folder here, and the hub did not give it"),
     ],
 )
@@ -390,13 +394,22 @@ def test_bases_that_cannot_be_loaded(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": []}')
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "model_index.json").write_text("[]")
     shutil.copytree(models / "base", tmp_path / "broken")
     weights = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    places = {"models": models, "broken": tmp_path / "broken", "flux": tmp_path / "flux"}
+    places = {"models": models, **{name: tmp_path / name for name in ("broken", "flux", "listed")}}
     with pytest.raises(MahlstickError, match=sentence) as caught:
         load_pipeline(source.format(**places))
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_unet_config_is_named(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"in_channels": ')
+    with pytest.raises(MahlstickError, match=r"config\.json: not valid JSON; download the model again"):
+        generate(with_units(models, base=str(tmp_path)))
 
 
 def original_unet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -489,6 +502,47 @@ def test_a_loader_loads_once_until_the_file_changes(models: Path, tmp_path: Path
     config, state = formats.read(tmp_path / "net", "controlnet")
     formats.write(tmp_path / "net", "controlnet", config, state)
     assert loader.adapter(str(tmp_path / "net")) is not first
+
+
+def test_a_loader_loads_in_the_dtype_asked_for(models: Path, tmp_path: Path) -> None:
+    ms.ControlNet.from_pretrained(models / "net").half().save_pretrained(tmp_path / "half")
+    loader, source = Loader(), str(tmp_path / "half")
+    assert loader.adapter(source, dtype=torch.float32).dtype == torch.float32
+    assert loader.adapter(source, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_units_run_in_the_dtype_of_the_base(models: Path, tmp_path: Path) -> None:
+    ms.ControlNet.from_pretrained(models / "net").half().save_pretrained(tmp_path / "half")
+    loader = Loader()
+    spec = ControlSpec(adapter=tmp_path / "half", image=models / "drawing.png")
+    generate(request_for(models, controls=[spec]), loader=loader, progress=False)
+    before = loader._adapter.cache_info().hits
+    loader.adapter(str(tmp_path / "half"), dtype=torch.float32)
+    assert loader._adapter.cache_info().hits == before + 1
+
+
+def test_a_loader_keeps_no_unet_alive(models: Path) -> None:
+    loader, unet = Loader(), tiny.sd().unet
+    loader.adapter(str(models / "net"), base=unet)
+    gone = weakref.ref(unet)
+    del unet
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_difference_file_is_added_to_the_base_given(models: Path, tmp_path: Path) -> None:
+    unet, loader = tiny.sd().unet, Loader()
+    config, state = formats.read(models / "net", "controlnet")
+    own = unet.state_dict()
+    difference = {k: v - own[k] if k in own and not k.startswith("controlnet_") else v for k, v in state.items()}
+    path = formats.write(tmp_path / "net.safetensors", "controlnet", config, difference, "original")
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors | {"difference": torch.empty(0)}, path, metadata)
+    assert formats.inspect(path).layout == "original difference"
+    net = loader.adapter(str(path), base=unet)
+    for name, value in net.state_dict().items():
+        assert torch.allclose(value, state[name], atol=1e-6)
 
 
 def test_names_of_embedded_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
