@@ -84,6 +84,7 @@ def test_controlnet_and_ip_adapter_load_in_diffusers(pipe):
     lines[..., 16:48, 16:18] = 1
     assert not np.array_equal(draw(controlled, "cactus", image=lines), draw(pipe, "cactus"))
     before = draw(pipe, "cactus")
+    encoder, processor = pipe.image_encoder, pipe.feature_extractor
     pipe.load_ip_adapter(
         str(FOLDER), subfolder="ip-adapter", weight_name="ip_adapter.safetensors", image_encoder_folder=None
     )
@@ -93,6 +94,7 @@ def test_controlnet_and_ip_adapter_load_in_diffusers(pipe):
         assert not np.array_equal(draw(pipe, "cactus", ip_adapter_image_embeds=[features]), before)
     finally:
         pipe.unload_ip_adapter()
+        pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
     assert np.array_equal(draw(pipe, "cactus"), before)
 
 
@@ -127,7 +129,7 @@ def tiny(cache: Path, steps: int = 2) -> train.Run:
     return train.Run(cache=cache, minutes=10, steps=steps, batch=2, size="tiny")
 
 
-def test_every_stage_trains_resumes_and_assembles(pictures, tmp_path):
+def test_every_stage_trains_resumes_assembles_and_is_measured(pictures, tmp_path, monkeypatch):
     data.save(pictures, tmp_path / "data.pt")
     assert data.split_counts(data.load(tmp_path)) == (5, 1)
     stages = [
@@ -146,11 +148,11 @@ def test_every_stage_trains_resumes_and_assembles(pictures, tmp_path):
         state = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert state["step"] == 3 and all(w.isfinite().all() for w in state["weights"])
     evaluate.assemble(pictures, tiny(tmp_path), tmp_path / "assets")
-
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "assets" / "embedded")
-    assert draw(pipe, "penguin").shape == (1, 64, 64, 3)
+    monkeypatch.setattr(evaluate, "STEPS", 2)
+    figures = evaluate.evaluate(pictures, tiny(tmp_path), tmp_path / "assets")
+    assert figures["control"]["pairs"] == 2 and figures["reference"]["references"] == 1
+    card = (tmp_path / "assets" / "embedded" / "MODEL_CARD.md").read_text()
+    assert "unseen thing" in card and str(figures["vae_psnr"]) in card
 
 
 def test_standardised_latents_have_mean_0_and_deviation_1():

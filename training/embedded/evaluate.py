@@ -69,10 +69,12 @@ def assemble(pictures: data.Pictures, run: train.Run, out: Path) -> None:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor", "image_encoder"):
         shutil.rmtree(folder / part, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(folder)
-    ControlNetModel.from_pretrained(run.cache / "controlnet").half().save_pretrained(folder / "controlnet-lineart")
-    (folder / "ip-adapter").mkdir(exist_ok=True)
-    weights = {k: v.half() for k, v in load_file(run.cache / "ip_adapter.safetensors").items()}
-    save_file(weights, folder / "ip-adapter" / "ip_adapter.safetensors")
+    if (run.cache / "controlnet").exists():
+        ControlNetModel.from_pretrained(run.cache / "controlnet").half().save_pretrained(folder / "controlnet-lineart")
+    if (run.cache / "ip_adapter.safetensors").exists():
+        (folder / "ip-adapter").mkdir(exist_ok=True)
+        weights = {k: v.half() for k, v in load_file(run.cache / "ip_adapter.safetensors").items()}
+        save_file(weights, folder / "ip-adapter" / "ip_adapter.safetensors")
     portable(folder)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     log.info("%s: %.1f MB with everything in %s", folder, size / 1e6, out)
@@ -200,14 +202,16 @@ def measure_reference(
     references = data.on_white(pictures.rgba[index])
     prompts, seeds = [""] * len(index), list(range(len(index)))
     free = generate(pipe, prompts, seeds)
+    encoder, processor = pipe.image_encoder, pipe.feature_extractor
     pipe.load_ip_adapter(
         str(folder), subfolder="ip-adapter", weight_name="ip_adapter.safetensors", image_encoder_folder=None
     )
     pipe.set_ip_adapter_scale(1.0)
     with torch.no_grad():
-        features = pipe.image_encoder(pixel_values=references).image_embeds
+        features = encoder(pixel_values=references).image_embeds
     held = generate(pipe, prompts, seeds, ip_adapter_image_embeds=list(features[:, None]))
-    pipe.unload_ip_adapter()
+    pipe.unload_ip_adapter()  # takes the pipeline's own encoder off with it
+    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
     truth = np.stack([data.to_uint8(r) for r in references])
     train.sheet(
         [references[:16], *(torch.from_numpy(p[:16]).permute(0, 3, 1, 2) / 127.5 - 1 for p in (free, held))],
@@ -215,8 +219,7 @@ def measure_reference(
     )
     with torch.no_grad():
         towers = [
-            pipe.image_encoder(pixel_values=torch.from_numpy(p).permute(0, 3, 1, 2) / 127.5 - 1).image_embeds
-            for p in (free, held)
+            encoder(pixel_values=torch.from_numpy(p).permute(0, 3, 1, 2) / 127.5 - 1).image_embeds for p in (free, held)
         ]
     result: dict[str, Any] = {"references": len(index)}
     for name, similarity in (("colour", colour_similarity), ("shape", shape_similarity)):
@@ -230,8 +233,8 @@ def measure_reference(
 def measure_words(pipe: StableDiffusionPipeline, pictures: data.Pictures, cache: Path, sheets: Path) -> dict[str, Any]:
     """Words alone: retrieval by our CLIP among all trained concepts, and the colour that was asked for."""
     known = [c for c in pictures.concepts if not c.held_out]
-    asked = random.Random(1).sample(range(len(known)), 64)
-    made = generate(pipe, [known[i].label for i in asked], list(range(64)))
+    asked = random.Random(1).sample(range(len(known)), min(64, len(known)))
+    made = generate(pipe, [known[i].label for i in asked], list(range(len(asked))))
     text = CLIPTextModel.from_pretrained(cache / "clip-text")
     with torch.no_grad():
         words = torch.cat([text(models.encode(pipe.tokenizer, [c.label])).pooler_output for c in known])
