@@ -310,8 +310,21 @@ def test_what_we_write_keeps_the_whole_config(layout: str, tmp_path: Path) -> No
     config, found = formats.read(path, "controlnet")
     assert plain(config) == plain(net.config)
     assert_equal(found, net.state_dict())
-    if layout == "original":
-        assert load_file(path).keys() == original(net).keys()
+    assert path.is_file()
+    assert load_file(path).keys() == (original(net) if layout == "original" else net.state_dict()).keys()
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".bin", ".pt"])
+def test_only_safetensors_files_are_written(
+    layout: str, suffix: str, nets: dict[str, ControlNetModel], tmp_path: Path
+) -> None:
+    net = nets["sd1"]
+    with pytest.raises(
+        MahlstickError, match=rf"net\{suffix} was not written: give a folder or a name in \.safetensors"
+    ):
+        formats.write(tmp_path / f"net{suffix}", "controlnet", dict(net.config), net.state_dict(), layout)
+    assert not list(tmp_path.iterdir())
 
 
 def test_writing_over_a_folder_leaves_no_older_weights(nets: dict[str, ControlNetModel], tmp_path: Path) -> None:

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from mahlstick.adapters.formats import controlnet
 from mahlstick.adapters.formats.bases import base_of, cross_attention_widths, require_fit
-from mahlstick.adapters.formats.checkpoint import METADATA_KEY, Checkpoint, open_checkpoint, save_folder, save_tensors
+from mahlstick.adapters.formats.checkpoint import (
+    METADATA_KEY,
+    SUFFIXES,
+    Checkpoint,
+    open_checkpoint,
+    save_folder,
+    save_tensors,
+)
 from mahlstick.adapters.formats.layouts import KINDS, Kind, Layout, recognise
 from mahlstick.errors import MahlstickError
 
@@ -111,23 +118,26 @@ def write(
 ) -> Path:
     """Write an adapter in the layout that diffusers or the original repository reads; returns the folder or file.
 
-    A ControlNet is a folder in layout ``diffusers``, a file with ``control_model.*`` keys in layout ``original``. An
-    IP-Adapter is one file either way: diffusers' ``load_ip_adapter`` reads the original layout. A single file is
-    ``path`` itself if that ends in .safetensors, else ``<kind>.safetensors`` inside ``path``. The file's metadata
-    keep the config. Raises MahlstickError, before anything is written, if the weights do not match the config.
+    ``path`` is one file if it ends in .safetensors, else a folder. In a folder, a ControlNet in layout ``diffusers``
+    lies as its ``from_pretrained`` reads it; everything else is the one file ``<kind>.safetensors``. In layout
+    ``original`` a ControlNet's keys are ``control_model.*``; an IP-Adapter's are the same either way, since diffusers'
+    ``load_ip_adapter`` reads the original layout. A file's metadata keep the config. Raises MahlstickError, before
+    anything is written, if the weights do not match the config, or the name asks for another format.
     """
     target = Path(path).expanduser()
     wanted = _kind(kind)
     if layout not in ("diffusers", "original"):
         raise MahlstickError(f"layout {layout!r} is not known: write 'diffusers' or 'original'.")
+    if target.suffix in SUFFIXES and target.suffix != ".safetensors":
+        raise MahlstickError(f"{target} was not written: give a folder or a name in .safetensors, not {target.suffix}.")
     try:
         whole = wanted.config_of(state_dict, {k: v for k, v in config.items() if not k.startswith("_")})
         _require_match(state_dict, wanted.expected(whole))
     except MahlstickError as error:
         raise MahlstickError(f"{target} was not written: {error}.") from error
-    if kind == "controlnet" and layout == "diffusers":
+    if kind == "controlnet" and layout == "diffusers" and target.suffix != ".safetensors":
         return save_folder(target, state_dict, whole, wanted.class_name)
-    if kind == "controlnet":
+    if kind == "controlnet" and layout == "original":
         translated = controlnet.to_original(state_dict, whole)
         state_dict = {f"control_model.{name}": value for name, value in translated.items()}
     file = target if target.suffix == ".safetensors" else target / f"{kind}.safetensors"

@@ -23,7 +23,7 @@ from mahlstick.errors import MahlstickError
 METADATA_KEY = "mahlstick"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt", ".pt")
+SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt", ".pt")
 # The names that diffusers and accelerate give to the weights of a folder.
 _FOLDER_STEMS = (DIFFUSERS_STEM, "model", "pytorch_model")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(/[^/]+)*")
@@ -81,7 +81,7 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     if local.exists():
         return local
     name = os.fspath(path)
-    is_id = _HUB_ID.fullmatch(name) and not (name.count("/") == 1 and name.endswith(_SUFFIXES))
+    is_id = _HUB_ID.fullmatch(name) and not (name.count("/") == 1 and name.endswith(SUFFIXES))
     if not is_id:
         raise MahlstickError(f"{name} does not exist: give a checkpoint file, its folder or a hub id (owner/name).")
     return _download(name)
@@ -135,7 +135,7 @@ def _choose(names: Iterable[str]) -> list[str]:
     Shard index before file, safetensors before pickle, the plain name before variants such as fp16.
     """
     top = [name for name in names if "/" not in name]
-    found = [name for name in top if _is_index(name) or (name.endswith(_SUFFIXES) and not _is_shard(name))]
+    found = [name for name in top if _is_index(name) or (name.endswith(SUFFIXES) and not _is_shard(name))]
     stems = sorted({name.split(".")[0] for name in found})
     usual = [stem for stem in _FOLDER_STEMS if stem in stems]
     stem = (usual or stems)[0] if usual or len(stems) == 1 else None
@@ -146,7 +146,7 @@ def _choose(names: Iterable[str]) -> list[str]:
 
 def _preference(name: str) -> tuple[bool, bool, bool]:
     parts = name.split(".")[1:]
-    variant = any(f".{part}" not in _SUFFIXES and part not in ("index", "json") for part in parts)
+    variant = any(f".{part}" not in SUFFIXES and part not in ("index", "json") for part in parts)
     return "safetensors" not in parts, variant, not _is_index(name)
 
 
@@ -164,7 +164,7 @@ def _files_of(folder: Path) -> list[Path]:
         raise MahlstickError(f"{folder} holds several checkpoints ({_some(chosen)}): give the path of one of them.")
     if not chosen:
         below = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and _choose(os.listdir(sub)))
-        way_out = f"give one of its subfolders ({_some(below)})" if below else f"looked for {', '.join(_SUFFIXES)}"
+        way_out = f"give one of its subfolders ({_some(below)})" if below else f"looked for {', '.join(SUFFIXES)}"
         raise MahlstickError(f"{folder} is a folder without weights: {way_out}.")
     if not _is_index(chosen[0]):
         return [folder / chosen[0]]
