@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,25 @@ def test_mixin_serves_any_pipeline() -> None:
     pipe.set_progress_bar_config(disable=True)
     clipped = units(plain.unet)
     assert np.array_equal(zoo.generate(pipe, name, units=clipped), attached(plain, name, *clipped))
+
+
+def test_custom_pipeline_shows_the_signature_of_diffusers() -> None:
+    class Pipeline(custom.UnitsMixin, diffusers.StableDiffusionPipeline):
+        pass
+
+    class Own(custom.UnitsMixin, diffusers.StableDiffusionPipeline):
+        def __call__(self, words: str) -> Any:
+            return super().__call__(words, units=[])
+
+    theirs = inspect.signature(diffusers.StableDiffusionPipeline.__call__).parameters
+    ours = inspect.signature(Pipeline.__call__).parameters
+    assert {name: entry for name, entry in ours.items() if name != "units"} == dict(theirs)
+    assert ours["units"].default == ()
+    assert list(inspect.signature(Own.__call__).parameters) == ["self", "words"]
+
+    pipe = Pipeline(**zoo.build("StableDiffusionPipeline").components, requires_safety_checker=False)
+    request = ms.Request(prompt="red fox", steps=1, width=zoo.SIZE, height=zoo.SIZE)
+    assert ms.generate(request, pipe=pipe, progress=False).recipe.request.guidance == 7.5
 
 
 def test_custom_pipeline_leaves_no_trace_of_a_failed_call() -> None:
