@@ -101,6 +101,18 @@ def test_import_loads_nothing_heavy(module: str) -> None:
     assert result.stdout.split() == []
 
 
+def test_type_checkers_see_the_names_that_load_on_first_use() -> None:
+    import ast
+
+    import mahlstick
+
+    tree = ast.parse((ROOT / "src/mahlstick/__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {f"{alias.asname}": f"{node.module}" for node in imports for alias in node.names}
+    assert seen == {name: f"mahlstick.{home}" for name, home in mahlstick._HOMES.items()}
+
+
 def test_public_names_resolve() -> None:
     import mahlstick as ms
 

@@ -10,6 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from mahlstick.errors import MahlstickError
 
+if TYPE_CHECKING:
+    from mahlstick.adapters.base import Adapter as Adapter
+    from mahlstick.adapters.base import Attachment as Attachment
+    from mahlstick.adapters.controlnet import ControlNet as ControlNet
+    from mahlstick.adapters.formats import inspect as inspect
+    from mahlstick.adapters.ip_adapter import IPAdapter as IPAdapter
+    from mahlstick.adapters.load import load_adapter as load_adapter
+    from mahlstick.pipelines.attach import attach as attach
+    from mahlstick.pipelines.generate import Result as Result
+    from mahlstick.pipelines.generate import generate as generate
+    from mahlstick.pipelines.generate import replay as replay
+    from mahlstick.pipelines.load import load_pipeline as load_pipeline
+    from mahlstick.pipelines.request import Request as Request
+    from mahlstick.pipelines.units import Control as Control
+    from mahlstick.pipelines.units import ImagePrompt as ImagePrompt
+
 __version__ = "0.1.0"
 
 _HOMES = {
