@@ -32,18 +32,18 @@ def data_url(picture: Image.Image) -> str:
 
 
 def decoded(source: Any, name: str) -> Any:
-    """A ``data:`` URL as the PIL picture in it; every other source as it is."""
+    """A ``data:`` URL as the bytes of the file in it; every other source as it is."""
     if not (isinstance(source, str) and source.startswith("data:")):
         return source
     try:
-        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True)))
-    except (ValueError, OSError) as error:
-        raise MahlstickError(f"{name}: the data URL holds no picture; embed a PNG or JPEG as base64") from error
+        return base64.b64decode(source.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise MahlstickError(f"{name}: the data URL is not base64; embed a PNG or JPEG as base64") from error
 
 
-def open_picture(source: Any, name: str) -> Image.Image:
+def open_picture(source: Any, name: str, alpha: bool = False) -> Image.Image:
     """:func:`mahlstick.pictures.load_picture` that also reads ``data:`` URLs."""
-    return load_picture(decoded(source, name), name=name)
+    return load_picture(decoded(source, name), name=name, alpha=alpha)
 
 
 def open_mask(source: Any, name: str) -> Image.Image:
@@ -68,7 +68,7 @@ def _check_adapter(value: Any) -> Any:
 
 
 def _dump_picture(value: Any) -> str:
-    return value if isinstance(value, str) else data_url(load_picture(value))
+    return value if isinstance(value, str) else data_url(load_picture(value, alpha=True))
 
 
 def _dump_mask(value: Any) -> str:
@@ -168,12 +168,13 @@ class _Unit(Spec):
     adapter: AdapterSource
     start: Fraction = 0.0
     end: Fraction = 1.0
+    window: Literal["steps", "noise"] = Field("steps", description="of what start and end are fractions")
     mask: Mask | None = None
 
     @model_validator(mode="after")
-    def _window(self) -> Self:
-        if self.start > self.end:
-            raise ValueError(f"start {self.start:g} lies after end {self.end:g}; swap them")
+    def _forward(self) -> Self:
+        if self.start >= self.end:
+            raise ValueError(f"start {self.start:g} is not before end {self.end:g}; give a smaller start")
         return self
 
 
@@ -198,8 +199,22 @@ class ImagePromptSpec(_Unit):
     )
     image_encoder: str | None = Field(None, description="folder or hub id of the CLIP vision model, where needed")
     images: list[Picture] = Field(min_length=1, max_length=64)
+    resize: Literal["crop", "pad", "stretch"] = Field("crop", description="of references that are not square")
     blocks: Literal["all", "style", "layout"] | dict[str, Scale] = "all"
     negative: Picture | None = None
+
+
+def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a request in a JSON file, not yet checked: others may complete them."""
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise MahlstickError(f"{path}: cannot be read ({error.strerror}); give a JSON request file") from error
+    except ValueError as error:
+        raise MahlstickError(f"{path}: request: not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise MahlstickError(f"{path}: request: should be a JSON object, not a {type(fields).__name__}")
+    return fields
 
 
 class Request(Spec):
@@ -266,10 +281,9 @@ class Request(Spec):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a request from a JSON file; paths in it are relative to the working directory."""
+        fields = read_fields(path)
         try:
-            return cls.from_json(Path(path).read_bytes())
-        except OSError as error:
-            raise MahlstickError(f"{path}: cannot be read ({error.strerror}); give a JSON request file") from error
+            return cls(**fields)
         except MahlstickError as error:
             raise MahlstickError(f"{path}: {error}") from error
 
