@@ -113,10 +113,8 @@ class Window:
     unit: Literal["steps", "noise"] = "steps"
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.start <= 1.0 and 0.0 <= self.end <= 1.0 and self.start < self.end):
-            raise MahlstickError(
-                f"start and end must be fractions with 0 <= start < end <= 1; got {self.start} and {self.end}."
-            )
+        if number(self.start, "start", 0, 1) >= number(self.end, "end", 0, 1):
+            raise MahlstickError(f"start must be smaller than end; got {self.start} and {self.end}.")
         if self.unit not in ("steps", "noise"):
             raise MahlstickError(f"window must be 'steps' or 'noise'; got {self.unit!r}.")
 
@@ -142,17 +140,25 @@ def spread(rows: Tensor, batch: int, parts: Sequence[str] | None) -> Tensor:
     by side, and every part of the batch (see :class:`Clock`) repeats them. Raises ``MahlstickError`` where n does not
     divide.
     """
-    n = rows.shape[0]
-    if n == batch:
-        return rows
+    n, count = rows.shape[0], len(parts or ("all",))
     if n == 1:
         return rows.expand(batch, *rows.shape[1:])
-    count = len(parts) if parts else 1
-    if parts is None or batch % (count * n):
+    if n != batch if parts is None else batch % (count * n):
         raise MahlstickError(
             f"{n} conditions do not fit a batch of {batch // count}: give one, or one for each picture of the batch."
         )
     return rows.repeat_interleave(batch // (count * n), dim=0).repeat(count, *[1] * (rows.ndim - 1))
+
+
+def number(value: Any, name: str, low: float = -100.0, high: float = 100.0) -> float:
+    """``value`` as a float between ``low`` and ``high``; ``MahlstickError`` for anything else, NaN included."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = float("nan")
+    if not low <= found <= high:
+        raise MahlstickError(f"{name} must be a number between {low:g} and {high:g}; got {value!r}.")
+    return found
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -190,7 +196,9 @@ class Attachment(ABC):
         self.unet = cast("UNet2DConditionModel", unwrap(unet))
         self.window = window or Window()
         self.clock = clock or Clock()
+        self.compiled = unet is not self.unet or unet._compiled_call_impl is not None
         self._handles: list[Any] = []
+        self._home: torch.device | None = None
 
     def fasten(self) -> Self:
         """Register the hooks; all of them or none."""
@@ -209,6 +217,9 @@ class Attachment(ABC):
         """Take every hook off and let go of the run's tensors."""
         while self._handles:
             self._handles.pop().remove()
+        if self._home is not None:
+            self.adapter.to(self._home)
+            self._home = None
         self._forget()
 
     def _forget(self) -> None:  # noqa: B027 - nothing kept by default
@@ -228,13 +239,20 @@ class Attachment(ABC):
         self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         arguments = unet_arguments(args, kwargs)
+        sample, parts = arguments["sample"], self.clock.parts
+        if parts is not None and sample.shape[0] % len(parts):
+            raise MahlstickError(
+                f"a batch of {sample.shape[0]} has no {len(parts)} equal parts ({', '.join(parts)}): tell attach "
+                "whether the UNet is called with guidance."
+            )
         acts = self.acts and self.window.holds(self.clock, arguments["timestep"])
-        if acts:
-            # A module outside pipe.components does not follow the pipeline's device moves, so we place it.
-            sample = arguments["sample"]
-            if self.adapter.device != sample.device:
-                self.adapter.to(sample.device)
-        return self._contribute(arguments, self.clock.parts, acts)
+        # A module outside pipe.components does not follow the pipeline's device moves, so we place it.
+        if acts and self.adapter.device != sample.device:
+            self._home = self._home or self.adapter.device
+            self.adapter.to(sample.device)
+        changes = self._contribute(arguments, parts, acts)
+        # What came by position stays there: later hooks may look for it.
+        return (args[:3], {**dict(list(arguments.items())[len(args[:3]) :]), **changes}) if changes else None
 
     @property
     @abstractmethod
@@ -242,7 +260,5 @@ class Attachment(ABC):
         """Whether the dose is more than nothing."""
 
     @abstractmethod
-    def _contribute(
-        self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Prepare this UNet call: returns changed arguments, or None to leave them."""
+    def _contribute(self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool) -> dict[str, Any]:
+        """Prepare this UNet call: returns the arguments to change."""

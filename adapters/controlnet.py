@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from mahlstick.adapters.base import Adapter, Attachment, Clock, Timestep, Window, spread, unwrap
+from mahlstick.adapters.base import Adapter, Attachment, Clock, Timestep, Window, number, spread, unwrap
 from mahlstick.errors import MahlstickError
 
 Mode = Literal["balanced", "prompt", "control", "guess"]
@@ -139,7 +139,13 @@ class ControlNet(Adapter):
         with torch.device("meta"):
             net = cls(config)
         source = unet.state_dict()
-        state = {name: source[name].detach().clone() for name in net.state_dict() if name in source}
+        copied = [name for name in net.state_dict() if not name.startswith("controlnet_")]
+        if any(name not in source or source[name].is_meta for name in copied):
+            raise MahlstickError(
+                "the UNet's own weights are not in their places: unload its LoRA and switch offload off before "
+                "from_unet."
+            )
+        state = {name: source[name].detach().clone() for name in copied}
         state["conv_in.weight"] = state["conv_in.weight"][:, : unet.config.out_channels].clone()
         net.load_state_dict(state, strict=False, assign=True)
         _materialise(net, unet.device, unet.dtype)
@@ -281,7 +287,7 @@ class ControlAttachment(Attachment):
             scale, mode, len(net.controlnet_down_blocks) + 1, bool(net.config.get("global_pool_conditions"))
         )
         self._hint: tuple[Any, Tensor] | None = None
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     @property
     def acts(self) -> bool:
@@ -291,25 +297,24 @@ class ControlAttachment(Attachment):
         self._hint = None
         self._masks.clear()
 
-    def _contribute(
-        self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not acts:
-            return None
-        down, mid = self._residuals(arguments, parts)
+    def _contribute(self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool) -> dict[str, Any]:
+        rows = _conditional_rows(arguments["sample"].shape[0], parts) if self.conditional_only else None
+        if not acts or rows == []:
+            return {}
+        down, mid = self._residuals(arguments, parts, rows)
         present = arguments.get("down_block_additional_residuals")
         if present is not None:
             down = [a + b for a, b in zip(present, down, strict=True)]
         if arguments.get("mid_block_additional_residual") is not None:
             mid = arguments["mid_block_additional_residual"] + mid
-        residuals = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
-        return (), {**arguments, **residuals}
+        return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
 
-    def _residuals(self, arguments: dict[str, Any], parts: tuple[str, ...] | None) -> tuple[list[Tensor], Tensor]:
+    def _residuals(
+        self, arguments: dict[str, Any], parts: tuple[str, ...] | None, rows: list[int] | None
+    ) -> tuple[list[Tensor], Tensor]:
         sample = arguments["sample"]
         batch, dtype = sample.shape[0], sample.dtype
         hint = spread(self._encoded_hint(*sample.shape[-2:]), batch, parts)
-        rows = _conditional_rows(batch, parts) if self.conditional_only else None
         net = self.adapter
         call = {name: _take(arguments.get(name), rows, batch, net.dtype) for name in _CALL}
         call["added_cond_kwargs"] = {
@@ -365,7 +370,7 @@ class ControlAttachment(Attachment):
 
     def _mask_at(self, size: Sequence[int], like: Tensor, batch: int, parts: tuple[str, ...] | None) -> Tensor:
         """The mask at one residual's size, by area: the share of each cell in which the unit acts."""
-        key = (*size, batch)
+        key = (*size, batch, parts)
         if key not in self._masks:
             assert self.mask is not None
             small = F.interpolate(self.mask.float(), size=tuple(size), mode="area")
@@ -377,7 +382,7 @@ class ControlAttachment(Attachment):
 _CALL = ("sample", "encoder_hidden_states", "class_labels", "attention_mask", "encoder_attention_mask")
 
 
-def gains(scale: float | Sequence[float], mode: Mode, count: int, pooled: bool = False) -> list[float]:
+def gains(scale: Any, mode: Mode, count: int, pooled: bool = False) -> list[float]:
     """The factor of each of ``count`` residuals, in the order of the network.
 
     ``prompt`` and ``control`` weigh residual i of n by 0.825^(n-1-i) (sd-webui-controlnet's soft weights), ``guess``
@@ -387,13 +392,12 @@ def gains(scale: float | Sequence[float], mode: Mode, count: int, pooled: bool =
     """
     if mode not in get_args(Mode):
         raise MahlstickError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}.")
-    scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)] * count
+    several = isinstance(scale, Iterable) and not isinstance(scale, str)
+    scales = [number(s, "scale") for s in (scale if several else [scale] * count)]
     if len(scales) != count:
         raise MahlstickError(
             f"scale has {len(scales)} numbers, but this net has {count} residuals (the middle block last)."
         )
-    if not all(abs(s) <= 100 for s in scales):
-        raise MahlstickError(f"scale must be a number between -100 and 100; got {scale!r}.")
     if mode in ("prompt", "control"):
         return [s * 0.825 ** (count - 1 - i) for i, s in enumerate(scales)]
     if mode == "guess" and not pooled:
@@ -465,4 +469,7 @@ def _encoder_config(config: dict[str, Any]) -> dict[str, Any]:
     """A UNet config whose encoder is the one wanted; its decoder stays on the meta device and is thrown away."""
     fields = set(signature(UNet2DConditionModel.__init__).parameters) - {"self"}
     encoder = {name: value for name, value in config.items() if name in fields}
-    return {**encoder, "up_block_types": ("UpBlock2D",) * len(config["block_out_channels"])}
+    # The UNet knows the number of heads only by the name that diffusers once gave it by mistake.
+    heads = encoder.pop("num_attention_heads", None) or config.get("attention_head_dim", 8)
+    ups = ("UpBlock2D",) * len(config["block_out_channels"])
+    return {**encoder, "attention_head_dim": heads, "up_block_types": ups}

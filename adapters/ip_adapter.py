@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mahlstick.adapters import projectors
-from mahlstick.adapters.base import Adapter, Attachment, Clock, Window, spread, unwrap
+from mahlstick.adapters.base import Adapter, Attachment, Clock, Window, number, spread, unwrap
 from mahlstick.errors import MahlstickError
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ class IPAdapter(Adapter):
         }
         if projector == "resampler":
             config.update(depth=depth, heads=heads, head_dim=head_dim)
+        if first.to_k.weight.is_meta:
+            raise MahlstickError("the UNet's own weights are not in their places: switch offload off before from_unet.")
         adapter = cls(config)
         for pair, attn in zip(adapter._pairs(), layers.values(), strict=True):
             pair.to_k_ip.weight.data.copy_(attn.to_k.weight)
@@ -195,7 +197,7 @@ class IPAdapter(Adapter):
         unet: UNet2DConditionModel,
         tokens: Tensor | Tokens,
         *,
-        negative: Tensor | None = None,
+        negative: Tensor | Tokens | None = None,
         scale: float = 1.0,
         mask: Tensor | None = None,
         blocks: Blocks = "all",
@@ -223,7 +225,7 @@ class ImageAttachment(Attachment):
         adapter: IPAdapter,
         unet: UNet2DConditionModel,
         tokens: Tensor | Tokens,
-        negative: Tensor | None = None,
+        negative: Tensor | Tokens | None = None,
         scale: float = 1.0,
         mask: Tensor | None = None,
         blocks: Blocks = "all",
@@ -231,28 +233,29 @@ class ImageAttachment(Attachment):
         clock: Clock | None = None,
     ) -> None:
         super().__init__(adapter, unet, window, clock)
-        if not abs(scale) <= 100:
-            raise MahlstickError(f"scale must be a number between -100 and 100; got {scale!r}.")
-        self.scale = float(scale)
+        self.scale = number(scale, "scale")
         self.tokens = tokens
         self.negative = negative
         self.mask = mask
+        layers = dict(cross_attentions(self.unet))
+        shares = _shares(list(layers), blocks, len(self.unet.config.block_out_channels))
         self._layers = [
             _Layer(self, attn, pair, share)
-            for (name, attn), pair in zip(cross_attentions(self.unet), adapter._pairs(), strict=True)
-            if (share := _share(name, blocks, self.unet))
+            for attn, pair, share in zip(layers.values(), adapter._pairs(), shares, strict=True)
+            if share
         ]
-        if not self._layers:
-            raise MahlstickError(f"blocks={blocks!r} names no cross-attention of this UNet.")
         self.active = False
         self.batch = 0
         self.size = (0, 0)
         self.parts: tuple[str, ...] | None = None
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[tuple[int, Any], Tensor] = {}
 
     def _fasten(self) -> None:
         for layer in self._layers:
             layer.follow()
+        if self.compiled:
+            # Dynamo does not guard the hooks of inner modules: compiled code would go on without these.
+            torch._dynamo.reset()
 
     def detach(self) -> None:
         for layer in self._layers:
@@ -265,7 +268,7 @@ class ImageAttachment(Attachment):
         for layer in self._layers:
             layer.forget()
 
-    def use(self, tokens: Tensor | Tokens, negative: Tensor | None = None) -> None:
+    def use(self, tokens: Tensor | Tokens, negative: Tensor | Tokens | None = None) -> None:
         """Change the image tokens while attached."""
         self.tokens, self.negative = tokens, negative
         self._forget()
@@ -274,17 +277,14 @@ class ImageAttachment(Attachment):
     def acts(self) -> bool:
         return self.scale != 0.0
 
-    def _contribute(
-        self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _contribute(self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool) -> dict[str, Any]:
         batch, size = arguments["sample"].shape[0], tuple(arguments["sample"].shape[-2:])
-        if (batch, size, parts) != (self.batch, self.size, self.parts):
+        if (batch, size) != (self.batch, self.size):
             self._forget()
-            self.batch, self.size, self.parts = batch, size, parts
-        self.active = acts
+        self.batch, self.size, self.parts, self.active = batch, size, parts, acts
         for layer in self._layers:
             layer.follow()
-        return None
+        return {}
 
     def rows(self) -> Tensor:
         """The tokens of every row of the batch: the negative ones in its unconditional part."""
@@ -293,20 +293,20 @@ class ImageAttachment(Attachment):
         tokens = self.tokens(size) if callable(self.tokens) else self.tokens
         if parts is None or "uncond" not in parts:
             return spread(tokens, self.batch, parts)
-        if self.negative is None:
+        negative = self.negative(size) if callable(self.negative) else self.negative
+        if negative is None:
             raise MahlstickError("under guidance the unconditional half needs tokens of its own: give negative=.")
-        tokens, negative = spread(tokens, size, ("cond",)), spread(self.negative, size, ("cond",))
+        tokens, negative = spread(tokens, size, ("cond",)), spread(negative, size, ("cond",))
         tokens, negative = _same_length(tokens, negative)
         return torch.cat([negative if part == "uncond" else tokens for part in parts])
 
     def mask_for(self, queries: int) -> Tensor:
         """The mask at a layer's resolution ``(batch, queries, 1)``, bicubic as in diffusers."""
-        height, width = _grid(self.size, queries)
-        if (height, width) not in self._masks:
+        if (queries, self.parts) not in self._masks:
             assert self.mask is not None
-            small = F.interpolate(self.mask.float(), size=(height, width), mode="bicubic")
-            self._masks[height, width] = spread(small.flatten(2).transpose(1, 2), self.batch, self.parts)
-        return self._masks[height, width]
+            small = F.interpolate(self.mask.float(), size=_grid(self.size, queries), mode="bicubic")
+            self._masks[queries, self.parts] = spread(small.flatten(2).transpose(1, 2), self.batch, self.parts)
+        return self._masks[queries, self.parts]
 
 
 def _same_length(tokens: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,7 +328,7 @@ class _Layer:
         self.hooked: tuple[nn.Module, nn.Module] | None = None
         self.handles: list[Any] = []
         self.query: Tensor | None = None
-        self.keys: tuple[Tensor, Tensor] | None = None
+        self.keys: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def follow(self) -> None:
         """Hook the projections; again if something (LoRA) has put others in their place."""
@@ -347,7 +347,8 @@ class _Layer:
         self.handles, self.hooked = [], None
 
     def forget(self) -> None:
-        self.query = self.keys = None
+        self.query = None
+        self.keys.clear()
 
     def _see_query(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self.owner.active:
@@ -370,11 +371,13 @@ class _Layer:
 
     def _keys(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """K′ and V′ of every row: once for a condition, or afresh while they are learned."""
-        if self.keys is not None and not torch.is_grad_enabled() and self.keys[0].dtype == query.dtype:
-            return self.keys
+        key = self.owner.parts, query.dtype
+        if key in self.keys and not torch.is_grad_enabled():
+            return self.keys[key]
         tokens = self.owner.rows().to(query.device, self.pair.to_k_ip.weight.dtype)
         k, v = self.pair.to_k_ip(tokens).to(query.dtype), self.pair.to_v_ip(tokens).to(query.dtype)
-        self.keys = None if torch.is_grad_enabled() else (k, v)
+        if not torch.is_grad_enabled():
+            self.keys[key] = k, v
         return k, v
 
 
@@ -387,18 +390,24 @@ def cross_attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{section}.{name}", module
 
 
-def _share(name: str, blocks: Blocks, unet: UNet2DConditionModel) -> float:
-    """The share of the dose for the layer of this name."""
+def _shares(layers: list[str], blocks: Blocks, levels: int) -> list[float]:
+    """The share of the dose for each layer by name."""
     if blocks == "all":
-        return 1.0
-    shares = blocks if isinstance(blocks, Mapping) else _SHARES.get((blocks, len(unet.config.block_out_channels)))
-    if shares is None:
+        return [1.0] * len(layers)
+    chosen = (
+        blocks if isinstance(blocks, Mapping) else _SHARES.get((blocks, levels)) if isinstance(blocks, str) else None
+    )
+    if chosen is None:
         raise MahlstickError(
             f"blocks={blocks!r} is not known for this UNet: give 'all', 'style' or 'layout' (SD and SDXL), or a dict "
             "of block names."
         )
-    fitting = [prefix for prefix in shares if name == prefix or name.startswith(f"{prefix}.")]
-    return float(shares[max(fitting, key=len)]) if fitting else 0.0
+    shares = {f"{prefix}.": number(share, f"blocks[{prefix!r}]") for prefix, share in chosen.items()}
+    for prefix in shares:
+        if not any(f"{layer}.".startswith(prefix) for layer in layers):
+            raise MahlstickError(f"blocks: {prefix[:-1]!r} names no cross-attention of this UNet.")
+    fitting = [[prefix for prefix in shares if f"{layer}.".startswith(prefix)] for layer in layers]
+    return [shares[max(prefixes, key=len)] if prefixes else 0.0 for prefixes in fitting]
 
 
 def _grid(size: tuple[int, int], queries: int) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Self
 
 import torch
@@ -31,16 +33,17 @@ class Attached:
         self.detach()
 
 
-def attach(target: DiffusionPipeline | UNet2DConditionModel, *units: Unit, guidance: bool = False) -> Attached:
+def attach(target: DiffusionPipeline | UNet2DConditionModel, *units: Unit, guidance: bool | None = None) -> Attached:
     """Clip ``units`` on ``target``: they act from now until ``detach``, or to the end of the ``with`` block.
 
-    ``target`` is a pipeline or a bare UNet; for a UNet, ``guidance`` tells that its batches hold the unconditional half
-    before the conditional one. A UNet that several pipelines share carries the units in all of them, but steps and
-    guidance are counted by the pipeline given here. Raises ``MahlstickError`` before anything has changed.
+    ``target`` is a pipeline or a bare UNet. ``guidance`` tells of a UNet, and of the older pipelines that do not tell
+    themselves, whether its batches hold the unconditional half before the conditional one. A UNet that several
+    pipelines share carries the units in all of them, but steps and guidance are counted by the pipeline given here.
+    Raises ``MahlstickError`` before anything has changed.
     """
     unet = _unet_of(target)
     pipe = target if isinstance(target, DiffusionPipeline) else None
-    clock = PipelineClock(pipe) if pipe is not None else Clock(("uncond", "cond") if guidance else None)
+    clock = PipelineClock(pipe, guidance) if pipe is not None else Clock(("uncond", "cond") if guidance else None)
     return clip(unet, units, clock, pipe)
 
 
@@ -61,8 +64,8 @@ def clip(unet: UNet2DConditionModel, units: Sequence[Unit], clock: Clock, pipe: 
 
 
 def _unet_of(target: Any) -> UNet2DConditionModel:
-    unet = unwrap(getattr(target, "unet", target))
-    if not isinstance(unet, UNet2DConditionModel):
+    unet = getattr(target, "unet", target)
+    if not isinstance(unwrap(unet), UNet2DConditionModel):
         found = type(unet).__name__ if unet is not target else "no UNet"
         raise MahlstickError(
             f"units clip onto pipelines with a UNet2DConditionModel; {type(target).__name__} has {found}."
@@ -70,12 +73,23 @@ def _unet_of(target: Any) -> UNet2DConditionModel:
     return unet
 
 
+def tells_guidance(pipeline: type[DiffusionPipeline]) -> bool:
+    """Whether pipelines of this class let others know that a call is guided."""
+    return hasattr(pipeline, "do_classifier_free_guidance")
+
+
 class PipelineClock(Clock):
     """Reads from a pipeline and its scheduler where a UNet call stands."""
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
+    def __init__(self, pipe: DiffusionPipeline, guidance: bool | None = None) -> None:
         super().__init__()
-        self.pipe = pipe
+        self.pipe, self.guidance = pipe, guidance
+        if guidance is None and not tells_guidance(type(pipe)):
+            warnings.warn(
+                f"{type(pipe).__name__} does not tell whether it is run with guidance: give attach guidance=True or "
+                "guidance=False",
+                stacklevel=4,
+            )
         self._timesteps: torch.Tensor | None = None
         self._first = 0
 
@@ -87,10 +101,10 @@ class PipelineClock(Clock):
     def parts(self) -> tuple[str, ...] | None:
         """The parts of the batch, in the order in which diffusers' pipelines stack them."""
         pipe = self.pipe
-        guided = getattr(pipe, "do_classifier_free_guidance", None)  # unknown to some, and to others before their call
+        guided = getattr(pipe, "do_classifier_free_guidance", self.guidance)  # some know it only once they are called
         if guided is None:
             return None
-        if guided and hasattr(type(pipe), "image_guidance_scale"):
+        if guided and "image_guidance_scale" in signature(type(pipe).__call__).parameters:
             return ("cond", "uncond", "uncond")  # InstructPix2Pix: words and picture, picture alone, neither
         parts = ("uncond", "cond") if guided else ("cond",)
         return (*parts, "cond") if getattr(pipe, "do_perturbed_attention_guidance", False) else parts

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -109,17 +109,20 @@ class ImagePrompt(Unit):
         attachment = ImageAttachment(
             self.adapter, unet, torch.empty(0), None, self.scale, mask, self.blocks, window, clock
         )
-        attachment.use(*self._tokens(pipe))
+        if attachment.acts:
+            attachment.use(*self._tokens(pipe))
         return attachment
 
     @torch.no_grad()
-    def _tokens(self, pipe: DiffusionPipeline | None) -> tuple[_References, Tensor]:
+    def _tokens(self, pipe: DiffusionPipeline | None) -> tuple[_References, _References]:
         encoder = (getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None))
         groups = [1]
         if (self.images is None) == (self.features is None):
             raise MahlstickError("ImagePrompt needs either images= or features=.")
         if self.features is not None:
             features, nothing = self.features, torch.zeros_like(self.features[:1])
+            if not bool(torch.isfinite(features).all()):
+                raise MahlstickError("features hold NaN or infinity; give the image encoder's output.")
         else:
             references, groups = _grouped(self.images)
             features, nothing = self.adapter.features([self._square(r) for r in references], encoder)
@@ -128,7 +131,7 @@ class ImagePrompt(Unit):
         elif self.negative is not None:
             nothing, _ = self.adapter.features([self._square(n) for n in _flat(self.negative, "negative")], encoder)
         tokens = _References(self.adapter.tokens(features), groups)
-        return tokens, _joined(self.adapter.tokens(nothing))
+        return tokens, _References(self.adapter.tokens(nothing), [1])
 
     def _square(self, picture: Image.Image) -> Image.Image:
         side = max(picture.size)
@@ -140,6 +143,10 @@ class _Resized:
 
     def __init__(self, image: Any, mode: pictures.ResizeMode) -> None:
         self.mode = mode
+        if mode not in get_args(pictures.ResizeMode):
+            raise MahlstickError(f"resize must be one of {', '.join(get_args(pictures.ResizeMode))}; got {mode!r}.")
+        if isinstance(image, (list, tuple)) and image and all(isinstance(one, Tensor) for one in image):
+            image = torch.cat([_checked(one) for one in image])
         self.tensor = _checked(image) if isinstance(image, Tensor) else None
         self.pictures = [] if self.tensor is not None else _flat(image, "control picture")
 
@@ -222,6 +229,7 @@ def _checked(image: Tensor) -> Tensor:
 
 def _from_tensor(image: Tensor) -> Image.Image:
     image = _checked(image)[0]
+    image = image.expand(3, -1, -1) if image.shape[0] == 1 else image
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
@@ -234,9 +242,9 @@ def as_mask(mask: Any) -> Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, Tensor):
-        while mask.ndim < 4:
-            mask = mask.unsqueeze(0) if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask[None]
-        if mask.shape[1] != 1 or not bool(((mask >= 0) & (mask <= 1)).all()):
+        mask = mask[None] if mask.ndim == 2 else mask
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        if mask.ndim != 4 or mask.shape[1] != 1 or not bool(((mask >= 0) & (mask <= 1)).all()):
             raise MahlstickError(f"a mask as a tensor must be (n, 1, H, W) in [0, 1]; got shape {tuple(mask.shape)}.")
         return mask.float()
     picture = pictures.load_mask(mask, name="mask")

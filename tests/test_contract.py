@@ -17,9 +17,10 @@ from torch import Tensor
 
 import mahlstick as ms
 from benchmarks import tiny
-from mahlstick.adapters.base import Window, spread
+from mahlstick.adapters.base import Clock, Window, spread
 from mahlstick.adapters.controlnet import gains
 from mahlstick.adapters.ip_adapter import cross_attentions
+from mahlstick.pipelines.attach import clip
 
 HINT = (4, 6, 6, 8)
 
@@ -263,7 +264,8 @@ def test_saved_and_loaded_it_is_the_same(subject: Subject, family: str, tmp_path
     with ms.attach(unet, subject.unit(adapter)):
         first = eps(unet, inputs)
     with ms.attach(unet, subject.unit(again)):
-        assert torch.equal(eps(unet, inputs), first)
+        # The weights are equal to the bit; where they lie in memory may decide the last bit of a sum.
+        assert torch.allclose(eps(unet, inputs), first, atol=1e-6)
     assert type(ms.load_adapter(tmp_path / "adapter")) is type(adapter)
 
 
@@ -593,3 +595,129 @@ def test_a_window_is_a_window(start: float, end: float) -> None:
     else:
         with pytest.raises(ms.MahlstickError):
             Window(start, end)
+
+
+# What a reviewer found ----------------------------------------------------------------------------------------------
+
+
+def test_two_conditions_for_one_guided_picture_are_refused() -> None:
+    with pytest.raises(ms.MahlstickError, match="2 conditions"):
+        spread(torch.zeros(2, 1), 2, ("uncond", "cond"))
+
+
+def test_a_mask_for_each_picture_follows_the_parts_of_the_batch() -> None:
+    """The same batch size with and without guidance: masks of one must not serve the other."""
+    unet, inputs = tiny.unet("sd1"), tiny.unet_inputs("sd1", batch=4)
+    masks = torch.cat([torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)])
+    for subject in SUBJECTS[:2]:
+        adapter = trained(subject, unet)
+        clock = Clock(("uncond", "cond"))
+        (attachment,) = clip(unet, [subject.unit(adapter, mask=masks)], clock).attachments
+        eps(unet, inputs)
+        clock._parts = ("cond",)
+        found = eps(unet, inputs)
+        attachment.detach()
+        (attachment,) = clip(unet, [subject.unit(adapter, mask=masks)], Clock(("cond",))).attachments
+        assert torch.equal(eps(unet, inputs), found)
+        attachment.detach()
+
+
+def test_a_list_of_tensors_is_used_as_it_is() -> None:
+    unet, inputs = tiny.unet("sd1"), tiny.unet_inputs("sd1")
+    net = trained(SUBJECTS[0], unet)
+    picture = torch.rand(1, 3, tiny.SIZE, tiny.SIZE)
+    picture[..., :10, :] = -1.0  # as inpainting nets are told what to repaint
+    with ms.attach(unet, ms.Control(net, picture)):
+        wanted = eps(unet, inputs)
+    with ms.attach(unet, ms.Control(net, [picture])):
+        assert torch.equal(eps(unet, inputs), wanted)
+
+
+def test_a_call_of_the_unconditional_half_alone_costs_a_conditional_unit_no_forward() -> None:
+    unet, inputs = tiny.unet("sd1"), tiny.unet_inputs("sd1")
+    net, plain = trained(SUBJECTS[0], unet), eps(unet, inputs)
+    with clip(unet, [control_of(net, mode="guess")], Clock(("uncond",))):
+        count = Count(net)
+        assert torch.equal(eps(unet, inputs), plain)
+    assert count.calls == 0
+
+
+def test_a_batch_without_equal_parts_is_refused() -> None:
+    unet = tiny.unet("sd1")
+    with ms.attach(unet, control_of(fresh_net(unet)), guidance=True):
+        with pytest.raises(ms.MahlstickError, match="a batch of 3"):
+            eps(unet, tiny.unet_inputs("sd1", batch=3))
+
+
+def test_later_hooks_see_the_arguments_where_they_were() -> None:
+    unet, inputs = tiny.unet("sd1"), tiny.unet_inputs("sd1")
+    seen: list[int] = []
+    with ms.attach(unet, control_of(trained(SUBJECTS[0], unet))), torch.no_grad():
+        handle = unet.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+        by_position = unet(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"]).sample
+        handle.remove()
+        assert torch.equal(eps(unet, inputs), by_position)
+    assert seen == [3]
+
+
+def test_a_copy_of_a_unet_with_a_lora_is_refused() -> None:
+    from peft import LoraConfig
+
+    unet = tiny.unet("sd1")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ms.MahlstickError, match="LoRA"):
+        fresh_net(unet)
+
+
+def test_heads_under_either_name() -> None:
+    net = fresh_net(tiny.unet("sd1"))
+    config = {**net.config, "num_attention_heads": net.config["attention_head_dim"], "attention_head_dim": 8}
+    assert ms.ControlNet(config).down_blocks[0].attentions[0].num_attention_heads == 2
+
+
+@pytest.mark.parametrize("scale", ["abc", None, [1.0, "x"], [float("nan")] * 13])
+def test_a_scale_that_is_no_number_is_refused(scale: Any) -> None:
+    unet = tiny.unet("sd1")
+    with pytest.raises(ms.MahlstickError, match="scale"):
+        ms.attach(unet, control_of(fresh_net(unet), scale=scale))
+
+
+def test_scales_as_an_array() -> None:
+    import numpy as np
+
+    unet, inputs = tiny.unet("sd1"), tiny.unet_inputs("sd1")
+    net = trained(SUBJECTS[0], unet)
+    with ms.attach(unet, control_of(net)):
+        wanted = eps(unet, inputs)
+    with ms.attach(unet, control_of(net, scale=np.ones(13))):
+        assert torch.equal(eps(unet, inputs), wanted)
+
+
+@pytest.mark.parametrize(
+    "blocks", [["style"], {"mid_block": float("nan")}, {"mid_block": 1.0, "up_blokcs.1": 1.0}, {"up_blocks.": 1.0}]
+)
+def test_blocks_that_name_nothing_are_refused(blocks: Any) -> None:
+    unet = tiny.unet("sd1")
+    with pytest.raises(ms.MahlstickError, match="blocks"):
+        ms.attach(unet, image_prompt_of(fresh_ip("linear")(unet), blocks=blocks))
+
+
+def test_at_scale_zero_no_picture_is_encoded() -> None:
+    unet = tiny.unet("sd1")
+    adapter = trained(SUBJECTS[1], unet)
+    encoder = tiny.image_encoder()
+    adapter.use_encoder(encoder, tiny.feature_extractor())
+    calls: list[int] = []
+    handle = encoder.register_forward_hook(lambda *_: calls.append(1))
+    with ms.attach(unet, ms.ImagePrompt(adapter, [tiny.picture()], scale=0.0)):
+        eps(unet, tiny.unet_inputs("sd1"))
+    assert not calls
+    with ms.attach(unet, ms.ImagePrompt(adapter, [tiny.picture()])):
+        assert calls
+    handle.remove()
+
+
+def test_an_unknown_resize_mode_is_refused_at_attach() -> None:
+    unet = tiny.unet("sd1")
+    with pytest.raises(ms.MahlstickError, match="resize"):
+        ms.attach(unet, ms.Control(fresh_net(unet), tiny.picture(), resize="squash"))  # type: ignore[arg-type]
