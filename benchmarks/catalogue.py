@@ -138,6 +138,8 @@ def render() -> str:
     """The page as Markdown."""
     from diffusers import __version__
 
+    from mahlstick.pipelines.attach import tells_guidance
+
     classes = owners()
     count = len(applicable())
     lines = [
@@ -153,12 +155,16 @@ def render() -> str:
         "`ImagePrompt` attached: both change the picture, and once detached the pipeline gives the same picture as",
         "before, to the bit.",
         "",
+        "*Tested, tell it* is the same for pipelines that do not let others know whether a call is guided: give",
+        "`attach(pipe, ..., guidance=True)`, so that the unconditional half of the batch is known. `attach` warns.",
+        "",
         "| Pipeline | Module | |",
         "|---|---|---|",
     ]
     for name, pipeline in classes.items():
         module = pipeline.__module__.removeprefix("diffusers.pipelines.").rpartition(".")[0]
-        verdict = f"not applicable: {NOT_APPLICABLE[name]}" if name in NOT_APPLICABLE else "tested"
+        known = "tested" if tells_guidance(pipeline) else "tested, tell it"
+        verdict = f"not applicable: {NOT_APPLICABLE[name]}" if name in NOT_APPLICABLE else known
         lines.append(f"| `{name}` | {module} | {verdict} |")
     return "\n".join(lines) + "\n" + PLUGINS
 

@@ -133,7 +133,8 @@ def image_prompt(
     unit: dict[str, Any] | None = None,
     reference: dict[str, Any] | None = None,
     references: int = 1,
-    scale: Any = 0.7,
+    scale: float = 0.7,
+    set_scale: Any = None,
     nets: int = 0,
     **more: Any,
 ) -> tuple[float, float]:
@@ -150,7 +151,7 @@ def image_prompt(
     with tempfile.TemporaryDirectory() as folder:
         file = adapter.save_pretrained(Path(folder) / "ip.safetensors")
         theirs.load_ip_adapter(folder, subfolder="", weight_name=file.name, image_encoder_folder=None)
-    theirs.set_ip_adapter_scale((reference or {}).pop("set_scale", scale))
+    theirs.set_ip_adapter_scale(scale if set_scale is None else set_scale)
     given = {"ip_adapter_image": [images] if references > 1 else images[0], **(reference or {})}
     if nets:
         given |= {
@@ -278,7 +279,7 @@ def _image_prompt_cases() -> Iterator[Case]:
     yield case("two prompts", "sd1", batch=2)
     yield case("without guidance", "sd1", guidance_scale=1.0)
     style = {"up": {"block_0": [0.0, 0.7, 0.0]}}
-    yield case("style blocks", "sdxl", unit={"blocks": "style"}, reference={"set_scale": style})
+    yield case("style blocks", "sdxl", unit={"blocks": "style"}, set_scale=style)
     yield case("with a ControlNet", "sd1", nets=1)
     yield case("with a ControlNet, SDXL img2img", "sdxl", "img2img", nets=1)
 
