@@ -8,14 +8,15 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mahlstick.adapters import formats
 from mahlstick.errors import MahlstickError
@@ -33,9 +34,10 @@ from mahlstick.pipelines.request import (
     open_mask,
     open_picture,
 )
-from mahlstick.pipelines.units import Control, ImagePrompt
+from mahlstick.pipelines.units import Control, ImagePrompt, Unit
 
 EMBEDDED_GUIDANCE = 4.0  # what its model card measures with
+INPAINT = "inpaint"  # the annotator whose condition is no picture
 REFERENCE_SIDE = 1024  # pixels; image encoders see 224 to 448, and the recipe keeps the picture
 
 _NAMED = re.compile(r"\d{1,9}")
@@ -78,7 +80,12 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise MahlstickError(f"{path}: the recipe is kept in PNG; end the name in .png, or give a folder")
     if target.suffix and target.is_dir():
         raise MahlstickError(f"{path}: is a folder; give another name")
-    folder = target.parent if target.suffix else target
+    check_folder(target.parent if target.suffix else target)
+
+
+def check_folder(path: Path) -> None:
+    """Raises :class:`MahlstickError` where nothing could be written into the folder, which need not be there yet."""
+    folder = path
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -122,7 +129,7 @@ def generate(
     resolved = _fit_pictures(_resolve(opened, worker))
     schedulers.check_steps(schedulers.build(resolved.scheduler, worker.scheduler), resolved.steps)
     made_by = recipe.describe(resolved, worker._execution_device.type, worker.dtype)
-    with _prepared(worker, resolved, progress), attach(worker, *_units(resolved, worker, loader)):
+    with _prepared(worker, resolved, progress), _attached(resolved, worker, loader):
         images = _run(worker, resolved, callback)
     return Result(images, made_by)
 
@@ -178,15 +185,13 @@ def _open_pictures(request: Request) -> Request:
         return picture
 
     def control(spec: ControlSpec, name: str) -> ControlSpec:
-        image = _annotated(spec, name) if spec.annotator else open_picture(spec.image, f"{name} picture")
-        # The control picture is what is kept and replayed, not how it was made.
-        update: dict[str, Any] = {
-            "image": image,
-            "mask": mask(spec.mask, f"{name} mask"),
-            "annotator": None,
-            "options": {},
-        }
-        return spec.model_copy(update=update)
+        if spec.annotator == INPAINT:
+            update: dict[str, Any] = {"image": _with_hole(spec, name)}
+        else:
+            image = _annotated(spec, name) if spec.annotator else open_picture(spec.image, f"{name} picture")
+            # The control picture is what is kept and replayed, not how it was made.
+            update = {"image": image, "annotator": None}
+        return spec.model_copy(update=update | {"mask": mask(spec.mask, f"{name} mask"), "options": {}})
 
     def image_prompt(spec: ImagePromptSpec, name: str) -> ImagePromptSpec:
         images = [reference(source, f"{name} picture") for source in spec.images]
@@ -204,6 +209,28 @@ def _open_pictures(request: Request) -> Request:
             ],
         }
     )
+
+
+def _with_hole(spec: ControlSpec, name: str) -> Image.Image:
+    """The picture, transparent where it is repainted. No PNG holds the -1 of `inpaint_condition`, but it does this."""
+    given = dict(spec.options)
+    repaint = given.pop("mask", None)
+    if given:
+        raise MahlstickError(f"{name}: annotator inpaint has no option {min(given)!r}; it takes mask")
+    picture = open_picture(spec.image, f"{name} picture", alpha=repaint is None)
+    if repaint is not None:
+        keep = ImageOps.invert(open_mask(repaint, f"{name} inpaint mask"))
+        picture.putalpha(resize(keep, picture.size))
+    return _check_hole(picture, name)
+
+
+def _check_hole(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode != "RGBA" or len(set(picture.getchannel("A").getextrema())) == 1:
+        raise MahlstickError(
+            f"{name}: inpaint needs a part that is repainted and one that is kept; give options mask=, white where it"
+            " is repainted, or a picture that is transparent there"
+        )
+    return picture
 
 
 def _annotated(spec: ControlSpec, name: str) -> Image.Image:
@@ -263,19 +290,20 @@ def _size(request: Request) -> tuple[int, int]:
 def _fit_pictures(request: Request) -> Request:
     """Init, its mask and the control pictures at the size of the result, which is what the recipe keeps."""
     size = _size(request)
-    update: dict[str, Any] = {
-        "controls": [
-            spec.model_copy(
-                update={"image": _fit(spec.image, size, spec.resize, f"controls[{i}]"), "resize": "stretch"}
-            )
-            for i, spec in enumerate(request.controls)
-        ]
-    }
+    controls = [_fit_control(spec, size, f"controls[{i}]") for i, spec in enumerate(request.controls)]
+    update: dict[str, Any] = {"controls": controls}
     if request.init is not None:
         update["init"] = _fit(request.init, size, "stretch", "init")
     if request.mask is not None:
         update["mask"] = _fit(request.mask, size, "stretch", "mask")
     return request.model_copy(update=update)
+
+
+def _fit_control(spec: ControlSpec, size: tuple[int, int], name: str) -> ControlSpec:
+    image = _fit(spec.image, size, spec.resize, name)
+    if spec.annotator == INPAINT:
+        _check_hole(image, name)
+    return spec.model_copy(update={"image": image, "resize": "stretch"})
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], mode: Any, name: str) -> Image.Image:
@@ -286,47 +314,69 @@ def _fit(picture: Image.Image, size: tuple[int, int], mode: Any, name: str) -> I
     return resize(picture, size, mode)
 
 
-def _units(request: Request, pipe: Any, loader: Loader) -> list[Any]:
-    """The request's units. ``image_encoder`` is None where the adapter or the pipeline brings its own."""
+@contextmanager
+def _attached(request: Request, pipe: Any, loader: Loader) -> Iterator[None]:
+    """The request's units on ``pipe``, one at a time, so that an error names the unit that does not fit."""
+    units: list[tuple[str, Callable[..., Unit]]] = [
+        *((f"controls[{i}]", partial(_control, spec)) for i, spec in enumerate(request.controls)),
+        *((f"image_prompts[{i}]", partial(_image_prompt, spec)) for i, spec in enumerate(request.image_prompts)),
+    ]
+    with ExitStack() as stack:
+        for name, build in units:
+            try:
+                stack.enter_context(attach(pipe, build(request, pipe, loader)))
+            except MahlstickError as error:
+                raise MahlstickError(f"{name}: {error}") from error
+        yield
+
+
+def _control(spec: ControlSpec, request: Request, pipe: Any, loader: Loader) -> Control:
+    image: Any = _padded(spec.image, pipe.vae_scale_factor)
+    if spec.annotator == INPAINT:
+        from mahlstick.annotators import inpaint_condition
+
+        image = inpaint_condition(image.convert("RGB"), ImageOps.invert(image.getchannel("A")))
+    return Control(
+        _adapter(spec, pipe, loader),
+        image,
+        scale=spec.scale,
+        start=spec.start,
+        end=spec.end,
+        window=spec.window,
+        mask=_unit_mask(spec.mask, request, pipe),
+        mode=spec.mode,
+    )
+
+
+def _image_prompt(spec: ImagePromptSpec, request: Request, pipe: Any, loader: Loader) -> ImagePrompt:
+    return ImagePrompt(
+        _adapter(spec, pipe, loader),
+        [spec.images],  # one group, so that no list is taken for one reference a picture
+        scale=spec.scale,
+        start=spec.start,
+        end=spec.end,
+        window=spec.window,
+        mask=_unit_mask(spec.mask, request, pipe),
+        blocks=spec.blocks,
+        negative=spec.negative,
+        resize=spec.resize,
+    )
+
+
+def _adapter(spec: ControlSpec | ImagePromptSpec, pipe: Any, loader: Loader) -> Any:
+    """``image_encoder`` is None where the adapter or the pipeline brings its own."""
+    if not isinstance(spec.adapter, str):
+        return spec.adapter
+    encoder = getattr(spec, "image_encoder", None)
+    return loader.adapter(adapter_path(spec.adapter), image_encoder=encoder, dtype=pipe.dtype, base=pipe.unet)
+
+
+def _unit_mask(picture: Image.Image | None, request: Request, pipe: Any) -> Image.Image | None:
+    """As it is, unless the canvas is larger than the result; then it must not stretch over the margin."""
     size, factor = _size(request), pipe.vae_scale_factor
-
-    def adapter(spec: ControlSpec | ImagePromptSpec, encoder: str | None = None) -> Any:
-        if not isinstance(spec.adapter, str):
-            return spec.adapter
-        return loader.adapter(adapter_path(spec.adapter), image_encoder=encoder, dtype=pipe.dtype, base=pipe.unet)
-
-    def mask(picture: Image.Image | None) -> Image.Image | None:
-        """As it is, unless the canvas is larger than the result; then it must not stretch over the margin."""
-        if picture is None or (size[0] % factor == 0 and size[1] % factor == 0):
-            return picture
-        return _padded(resize(picture, size), factor)
-
-    controls = [
-        Control(
-            adapter(spec),
-            _padded(spec.image, factor),
-            scale=spec.scale,
-            start=spec.start,
-            end=spec.end,
-            mask=mask(spec.mask),
-            mode=spec.mode,
-        )
-        for spec in request.controls
-    ]
-    image_prompts = [
-        ImagePrompt(
-            adapter(spec, spec.image_encoder),
-            [spec.images],  # one group, so that no list is taken for one reference a picture
-            scale=spec.scale,
-            start=spec.start,
-            end=spec.end,
-            mask=mask(spec.mask),
-            blocks=spec.blocks,
-            negative=spec.negative,
-        )
-        for spec in request.image_prompts
-    ]
-    return [*controls, *image_prompts]
+    if picture is None or (size[0] % factor == 0 and size[1] % factor == 0):
+        return picture
+    return _padded(resize(picture, size), factor)
 
 
 @contextmanager

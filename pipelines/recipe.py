@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +15,17 @@ from PIL import Image
 
 import mahlstick
 from mahlstick.errors import MahlstickError
-from mahlstick.pipelines.load import adapter_path, embedded_folder
-from mahlstick.pipelines.request import Request, Spec
+from mahlstick.pipelines.load import adapter_path, embedded_folder, read_json
+from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, Spec
 
 KEY = "mahlstick"
 SIZE_LIMIT = 48 * 2**20  # characters; Pillow reads at most 64 MiB of text from a PNG
-_PACKAGES = ("torch", "diffusers", "transformers")
-_CONTENT = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".txt"}
+_PACKAGES = ("torch", "diffusers", "transformers", "compel", "pillow")
+_WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth"}
+_CONFIGS = {".json", ".txt", ".model"}
+
+
+Locate = Callable[[str], str]  # a name in a request -> its path or hub id
 
 
 class Recipe(Spec):
@@ -111,17 +115,23 @@ def is_in_memory(name: str) -> bool:
 
 
 def _weights(request: Request) -> Iterator[tuple[str, Path]]:
-    """(name in the request, where it lies) of the base and the adapters that have a place."""
-    names = [spec.adapter for spec in (*request.controls, *request.image_prompts)]
+    """(name in the request, where it lies) of everything with weights or configs that has a place."""
+    places: list[tuple[Any, Locate]] = []
     if not is_in_memory(request.base):
-        yield request.base, embedded_folder() if request.base == "embedded" else Path(request.base).expanduser()
-    for name in names:
-        if not is_in_memory(name):
-            yield name, Path(adapter_path(name)).expanduser()
+        places += [(request.base, _as_path), (request.base_config, _as_path)]
+    places += [(spec.adapter, adapter_path) for spec in (*request.controls, *request.image_prompts)]
+    places += [(spec.image_encoder, _as_path) for spec in request.image_prompts]
+    for name, locate in places:
+        if name is not None and not is_in_memory(name):
+            yield name, Path(locate(name)).expanduser()
+
+
+def _as_path(name: str) -> str:
+    return str(embedded_folder()) if name == "embedded" else name
 
 
 def fingerprint(path: Path) -> str:
-    """``sha256:…`` of a file, or of the weights and configs in a folder; ``commit:…`` of a hub id's snapshot.
+    """``sha256:…`` of a file, or of what is loaded from a folder; ``commit:…`` of a hub id's snapshot.
 
     Raises :class:`MahlstickError` where nothing is there.
     """
@@ -129,11 +139,33 @@ def fingerprint(path: Path) -> str:
         return f"sha256:{_digest(path, path.stat().st_mtime_ns, path.stat().st_size)}"
     if path.is_dir():
         total = hashlib.sha256()
-        for file in sorted(file for file in path.rglob("*") if file.suffix in _CONTENT):
+        for file in sorted(_loaded_from(path)):
             digest = _digest(file, file.stat().st_mtime_ns, file.stat().st_size)
             total.update(f"{file.relative_to(path).as_posix()} {digest}\n".encode())
         return f"sha256:{total.hexdigest()}"
     return f"commit:{_snapshot(path.as_posix())}"
+
+
+def _loaded_from(folder: Path) -> Iterator[Path]:
+    """Configs and weights, of a base those of its components: variants, pickles beside safetensors and whatever else
+    was downloaded along can be many times as large, and make no picture.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        yield from _chosen(folder)
+        return
+    yield index
+    for name, classes in read_json(index).items():
+        if isinstance(classes, list) and any(classes) and (folder / name).is_dir():
+            yield from _chosen(folder / name)
+
+
+def _chosen(folder: Path) -> list[Path]:
+    files = [file for file in folder.iterdir() if file.is_file()]
+    weights = [file for file in files if file.suffix in _WEIGHTS]
+    weights = [file for file in weights if file.suffix == ".safetensors"] or weights
+    weights = [file for file in weights if "." not in file.stem] or weights  # model.fp16.safetensors is a variant
+    return [file for file in files if file.suffix in _CONFIGS] + weights
 
 
 @lru_cache(maxsize=1024)
@@ -185,28 +217,38 @@ def found_again(recipe: Recipe, source: str, folder: str | os.PathLike[str] | No
             raise MahlstickError(
                 f"{source}: was made with {spec.adapter[1:-1]}; save adapters to a file to replay them"
             )
-    moved = {
-        name: _find(name, expected, source, folder)
-        for name, expected in recipe.files.items()
-        if not (pipe_given and name == request.base)
+
+    def place(name: Any, locate: Locate) -> Any:
+        if name is None:
+            return None
+        if name not in recipe.files:
+            raise MahlstickError(f"{source}: its recipe has no fingerprint of {name}; it was edited, so make it anew")
+        return _find(name, recipe.files[name], source, folder, locate)
+
+    def control(spec: ControlSpec) -> ControlSpec:
+        return spec.model_copy(update={"adapter": place(spec.adapter, adapter_path)})
+
+    def image_prompt(spec: ImagePromptSpec) -> ImagePromptSpec:
+        found = {"adapter": place(spec.adapter, adapter_path), "image_encoder": place(spec.image_encoder, _as_path)}
+        return spec.model_copy(update=found)
+
+    update: dict[str, Any] = {
+        "controls": [control(spec) for spec in request.controls],
+        "image_prompts": [image_prompt(spec) for spec in request.image_prompts],
     }
-    return request.model_copy(
-        update={
-            "base": moved.get(request.base, request.base),
-            "controls": [s.model_copy(update={"adapter": moved[s.adapter]}) for s in request.controls],
-            "image_prompts": [s.model_copy(update={"adapter": moved[s.adapter]}) for s in request.image_prompts],
-        }
-    )
+    if not pipe_given:
+        update["base"] = place(request.base, _as_path)
+        update["base_config"] = place(request.base_config, _as_path)
+    return request.model_copy(update=update)
 
 
-def _find(name: str, expected: str, source: str, folder: str | os.PathLike[str] | None) -> str:
+def _find(name: str, expected: str, source: str, folder: str | os.PathLike[str] | None, locate: Locate) -> str:
     """``name``, or a file or folder of its name below ``folder``, whichever has the expected fingerprint."""
     changed = False
     candidates = [name, *(str(path) for path in Path(folder).rglob(Path(name).name))] if folder else [name]
     for candidate in candidates:
         try:
-            path = embedded_folder() if candidate == "embedded" else Path(adapter_path(candidate)).expanduser()
-            if fingerprint(path) == expected:
+            if fingerprint(Path(locate(candidate)).expanduser()) == expected:
                 return candidate
             changed = True
         except MahlstickError:

@@ -21,7 +21,7 @@ from mahlstick.adapters import formats
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.generate import generate, replay
 from mahlstick.pipelines.load import Loader, adapter_path, for_task, load_pipeline
-from mahlstick.pipelines.recipe import read_recipe
+from mahlstick.pipelines.recipe import fingerprint, read_recipe
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request
 from tests import tiny
 
@@ -121,6 +121,67 @@ def test_an_annotator_makes_the_control_picture(models: Path, loader: Loader) ->
     assert same(results[0].images[0], results[1].images[0])
     with pytest.raises(MahlstickError, match=r"controls\[0\]: annotator 'cany' is unknown"):
         generate(request_for(models, controls=[asked.model_copy(update={"annotator": "cany"})]))
+
+
+def test_the_inpaint_annotator_conditions_as_its_net_was_trained(models: Path, loader: Loader, tmp_path: Path) -> None:
+    from mahlstick.annotators import inpaint_condition
+
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    photo, hole = tiny.picture(seed=4), tiny.picture(seed=4)
+    hole.putalpha(Image.eval(mask, lambda level: 255 - level))
+    pipe = load_pipeline(models / "base")
+    condition = inpaint_condition(photo, mask)
+    assert condition.min() == -1
+    with ms.attach(pipe, ms.Control(ms.ControlNet.from_pretrained(models / "net"), condition)):
+        theirs = pipe("red fox", num_inference_steps=STEPS, generator=seeded(5)).images[0]
+    for fields in ({"image": photo, "options": {"mask": mask}}, {"image": hole}):
+        spec = ControlSpec(adapter=models / "net", annotator="inpaint", **fields)
+        result = generate(request_for(models, controls=[spec]), loader=loader, progress=False)
+        assert same(result.images[0], theirs)
+    [path] = result.save(tmp_path / "out.png")
+    assert same(replay(path, loader=loader, progress=False)[0], theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, r"controls\[0\]: inpaint needs a part that is repainted"),
+        ({"mask": Image.new("L", (8, 8), 255)}, r"controls\[0\]: inpaint needs .* one that is kept"),
+        ({"low": 3}, r"controls\[0\]: annotator inpaint has no option 'low'; it takes mask"),
+    ],
+)
+def test_what_the_inpaint_annotator_refuses(models: Path, options: dict[str, Any], sentence: str) -> None:
+    spec = ControlSpec(adapter=models / "net", image=tiny.picture(), annotator="inpaint", options=options)
+    with pytest.raises(MahlstickError, match=sentence):
+        generate(request_for(models, controls=[spec]))
+
+
+def test_windows_and_the_shape_of_references_reach_the_units(models: Path, loader: Loader) -> None:
+    control = {"adapter": models / "net", "image": models / "drawing.png", "end": 0.4, "window": "noise"}
+    reference = {"adapter": models / "ip", "images": [models / "reference.png"], "end": 0.4, "window": "noise"}
+    reference["resize"] = "pad"
+    ours = generate(request_for(models, controls=[control], image_prompts=[reference]), loader=loader, progress=False)
+    pipe = load_pipeline(models / "base")
+    net, ip = ms.ControlNet.from_pretrained(models / "net"), ms.IPAdapter.from_pretrained(models / "ip")
+    units = [
+        ms.Control(net, models / "drawing.png", end=0.4, window="noise"),
+        ms.ImagePrompt(ip, models / "reference.png", end=0.4, window="noise", resize="pad"),
+    ]
+    with ms.attach(pipe, *units):
+        theirs = pipe("red fox", num_inference_steps=STEPS, generator=seeded(5)).images[0]
+    assert same(ours.images[0], theirs)
+
+
+def test_a_unit_that_does_not_fit_is_named(models: Path, loader: Loader) -> None:
+    good = {"adapter": models / "net", "image": models / "drawing.png"}
+    with pytest.raises(MahlstickError, match=r"^controls\[1\]: .*scale"):
+        generate(request_for(models, controls=[good, {**good, "scale": [1.0, 0.5]}]), loader=loader, progress=False)
+    pipe = loader.pipeline(str(models / "base"))
+    assert not pipe.unet._forward_pre_hooks and not pipe.unet._forward_hooks
+    odd = {"adapter": models / "ip", "images": [models / "reference.png"], "blocks": {"attic": 1.0}}
+    with pytest.raises(MahlstickError, match=r"^image_prompts\[0\]: .*attic"):
+        generate(request_for(models, image_prompts=[odd]), loader=loader, progress=False)
 
 
 # Seeds and batches
@@ -263,6 +324,55 @@ def test_replay_knows_changed_missing_and_moved_weights(models: Path, tmp_path: 
         replay(path)
 
 
+def test_replay_knows_a_changed_image_encoder(models: Path, tmp_path: Path) -> None:
+    encoder = tiny.sd().image_encoder
+    encoder.save_pretrained(tmp_path / "encoder")
+    spec = ImagePromptSpec(
+        adapter=models / "ip", image_encoder=str(tmp_path / "encoder"), images=[models / "reference.png"]
+    )
+    result = generate(request_for(models, image_prompts=[spec]), progress=False)
+    [path] = result.save(tmp_path / "out.png")
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "encoder", tmp_path / "moved" / "encoder")
+    with pytest.raises(MahlstickError, match=r"encoder is not there"):
+        replay(path)
+    assert same(replay(path, weights=tmp_path / "moved", progress=False)[0], result.images[0])
+    with torch.no_grad():
+        encoder.visual_projection.weight += 1
+    encoder.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(MahlstickError, match=r"encoder has changed since"):
+        replay(path)
+
+
+def test_a_fingerprint_covers_what_is_loaded_and_nothing_else(models: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(models / "base", base)
+    before = fingerprint(base)
+    for idle in ("whole.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/unet.bin", "more/a.bin"):
+        (base / idle).parent.mkdir(exist_ok=True)
+        (base / idle).write_bytes(b"idle")
+    assert fingerprint(base) == before
+    for part in (
+        "scheduler/scheduler_config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "tokenizer/tokenizer_config.json",
+    ):
+        kept = (base / part).read_bytes()
+        (base / part).write_bytes(kept + b" ")
+        assert fingerprint(base) != before, part
+        (base / part).write_bytes(kept)
+
+
+def test_a_recipe_without_fingerprints_is_refused(models: Path, loader: Loader, tmp_path: Path) -> None:
+    result = generate(with_units(models), loader=loader, progress=False)
+    for name in ("base", "net", "ip"):
+        files = {path: value for path, value in result.recipe.files.items() if path != str(models / name)}
+        recipe = result.recipe.model_copy(update={"files": files})
+        [path] = type(result)(result.images, recipe).save(tmp_path / "out.png")
+        with pytest.raises(MahlstickError, match=rf"out\.png: its recipe has no fingerprint of .*{name}; it was"):
+            replay(path)
+
+
 def test_pictures_without_a_usable_recipe(models: Path, loader: Loader, tmp_path: Path) -> None:
     with pytest.raises(MahlstickError, match=r"drawing\.png: holds no recipe"):
         replay(models / "drawing.png")
@@ -304,6 +414,7 @@ def test_the_recipe_names_what_ran(models: Path, loader: Loader) -> None:
     assert set(recipe.files) == {str(models / name) for name in ("base", "net", "ip")}
     assert all(value.startswith("sha256:") for value in recipe.files.values())
     assert (recipe.device, recipe.dtype) == ("cpu", "float32")
+    assert {"torch", "diffusers", "transformers", "compel", "pillow"} < set(recipe.versions)
     assert recipe.request.controls[0].image.startswith("data:image/png;base64,")
 
 
@@ -537,7 +648,7 @@ def test_a_difference_file_is_added_to_the_base_given(models: Path, tmp_path: Pa
     difference = {k: v - own[k] if k in own and not k.startswith("controlnet_") else v for k, v in state.items()}
     path = formats.write(tmp_path / "net.safetensors", "controlnet", config, difference, "original")
     with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     save_file(tensors | {"difference": torch.empty(0)}, path, metadata)
     assert formats.inspect(path).layout == "original difference"
     net = loader.adapter(str(path), base=unet)
