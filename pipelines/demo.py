@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from mahlstick.errors import MahlstickError
 from mahlstick.pictures import load_picture, save_png
-from mahlstick.pipelines.generate import generate
+from mahlstick.pipelines.generate import check_folder, generate
 from mahlstick.pipelines.load import Loader
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request
 from mahlstick.pipelines.sheet import contact_sheet
@@ -48,8 +48,11 @@ def run(
 ) -> Shown:
     """Makes every example in the four ways and a contact sheet of all; pictures that exist in ``out`` are replaced.
 
-    Raises :class:`MahlstickError` where the examples are not installed.
+    Raises :class:`MahlstickError` where ``out`` is no folder or the examples are not installed.
     """
+    if out.suffix.lower() == ".png":
+        raise MahlstickError(f"{out}: the demo writes several pictures; give a folder")
+    check_folder(out)
     folder = examples or examples_folder()
     rows = _read(folder)
     loader = Loader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import mahlstick as ms
 from mahlstick import cli
+from mahlstick.adapters import formats
 from mahlstick.errors import MahlstickError
 from tests import tiny
 
@@ -97,6 +101,27 @@ def test_options_win_over_the_request(here: Path, capsys: pytest.CaptureFixture[
     Path("r.json").write_text(json.dumps({"prompt": "x", "base": "base", "steps": 2, "seeds": [1, 2]}))
     assert run("generate", "--request", "r.json", "--seed", "9", "--images", "1", "--out", "o.png") == 0
     assert "seed 9" in capsys.readouterr().out
+
+
+def test_options_complete_the_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.json").write_text(json.dumps({"base": "base", "steps": 1, "seeds": [1, 2]}))
+    assert run("generate", "--request", "r.json", "-p", "fox", "--seed", "9", "--out", "o.png") == 0
+    assert capsys.readouterr().out == "o-1.png  seed 9\no-2.png  seed 10\n"
+
+
+@pytest.mark.parametrize("name", ["moving.gif", "clear.png", "deep.png"])
+def test_any_kind_of_picture_controls(here: Path, name: str) -> None:
+    frames = [tiny.picture(seed=seed) for seed in (1, 2)]
+    if name == "moving.gif":
+        frames[0].save(name, save_all=True, append_images=frames[1:])
+    elif name == "clear.png":
+        frames[0].putalpha(Image.linear_gradient("L").resize(frames[0].size))
+        frames[0].save(name)
+    else:
+        Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(name)
+    assert fast("--steps", "1", "--control", f"net={name}:2", "--out", "o.png") == 0
+    assert fast("--steps", "1", "--out", "plain.png") == 0
+    assert not np.array_equal(pixels("o.png"), pixels("plain.png"))
 
 
 def test_the_same_through_python(here: Path) -> None:
@@ -230,10 +255,13 @@ def test_convert_there_and_back(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert run("convert", "net", "flat.safetensors", "--layout", "original", "--json") == 0
     assert json.loads(capsys.readouterr().out)["path"] == "flat.safetensors"
     assert run("convert", "flat.safetensors", "back") == 0
-    for net in ("net", "back", "flat.safetensors"):
+    assert run("convert", "net", "one.safetensors") == 0
+    assert Path("one.safetensors").is_file()
+    for net in ("net", "back", "flat.safetensors", "one.safetensors"):
         assert fast("--control", f"{net}=drawing.png:0.9", "--out", f"{net}.png") == 0
     assert np.array_equal(pixels("net.png"), pixels("back.png"))
     assert np.array_equal(pixels("net.png"), pixels("flat.safetensors.png"))
+    assert np.array_equal(pixels("net.png"), pixels("one.safetensors.png"))
     assert run("convert", "net", "half", "--dtype", "float16") == 0
     capsys.readouterr()
     assert run("inspect", "half", "--json") == 0
@@ -299,6 +327,12 @@ BAD: list[tuple[list[str], str]] = [
     (["G", "--dtype", "int3"], "dtype 'int3' is unknown"),
     (["G", "--out", "a.jpg"], "a.jpg: the recipe is kept in PNG"),
     (["G", "--out", "drawing.png/x"], "drawing.png/x: "),
+    (["G", "--save-request", "r.json", "--control", "net=nope.png"], "'nope.png' does not exist"),
+    (["G", "--save-request", "r.json", "--out", "a.jpg"], "a.jpg: the recipe is kept in PNG"),
+    (["G", "--save-request", "drawing.png/r.json"], "drawing.png is no folder"),
+    (["G", "--save-request", "base"], "base: is a folder; give the name of a file"),
+    (["demo", "--out", "x.png"], "x.png: the demo writes several pictures; give a folder"),
+    (["demo", "--out", "drawing.png/x"], "drawing.png is no folder"),
     (["G", "--base", "nope"], "nope: no such file or folder"),
     (["G", "--base", "notes.safetensors"], "notes.safetensors"),
     (["G", "--base", "net"], "net: no model_index.json"),
@@ -316,6 +350,8 @@ BAD: list[tuple[list[str], str]] = [
     (["G", "--control", "gone=drawing.png"], "gone: neither"),
     (["G", "--control", "notes.safetensors=drawing.png"], "notes.safetensors"),
     (["G", "--control", "evil.bin=drawing.png"], "evil.bin"),
+    (["G", "--control", "nan.safetensors=drawing.png"], "nan.safetensors"),
+    (["G", "--control", "xl=drawing.png"], "xl: this ControlNet was made for SDXL"),
     (["G", "--control", "ip=drawing.png"], "ip holds a ip_adapter; give a controlnet"),
     (["G", "--image-prompt", "net=drawing.png"], "net holds a controlnet; give a ip_adapter"),
     (["G", "--image-prompt", "ip=nope.png"], "'nope.png' does not exist"),
@@ -335,6 +371,8 @@ BAD: list[tuple[list[str], str]] = [
     (["inspect", "drawing.png"], "drawing.png: holds no recipe"),
     (["convert", "net", "base"], "base: exists already"),
     (["convert", "nope", "x"], "nope does not exist"),
+    (["convert", "net", "x.pth", "--layout", "original"], "x.pth was not written: give a folder or"),
+    (["convert", "net", "x.bin"], "x.bin was not written"),
     (["convert", "net", "x", "--layout", "odd"], "layout 'odd' is not known"),
     (["replay", "nope.png"], "nope.png: no such file"),
     (["replay", "drawing.png"], "drawing.png: holds no recipe"),
@@ -347,16 +385,27 @@ class Evil:
         return (os.mkdir, ("pwned",))
 
 
+@pytest.fixture(scope="module")
+def unfit(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that nothing can be made of: NaN weights, weights for SDXL, a pickle that runs code, damaged pictures."""
+    folder = tmp_path_factory.mktemp("unfit")
+    config, state = formats.read(models / "net", "controlnet")
+    state["conv_in.bias"] = torch.full_like(state["conv_in.bias"], float("nan"))
+    formats.write(folder / "nan.safetensors", "controlnet", config, state)
+    ms.ControlNet.from_unet(tiny.sdxl().unet).save_pretrained(folder / "xl")
+    (folder / "notes.safetensors").write_text("not what the name says")
+    (folder / "truncated.png").write_bytes((models / "drawing.png").read_bytes()[:3000])
+    (folder / "evil.bin").write_bytes(pickle.dumps(Evil()))
+    Image.new("1", (12000, 12000)).save(folder / "bomb.png")
+    return folder
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
 def test_bad_input_is_one_line_and_exit_2(
-    here: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+    here: Path, unfit: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import pickle
-
-    Path("notes.safetensors").write_text("not what the name says")
-    Path("truncated.png").write_bytes(Path("drawing.png").read_bytes()[:3000])
-    Path("evil.bin").write_bytes(pickle.dumps(Evil()))
-    Image.new("1", (12000, 12000)).save("bomb.png")
+    for path in unfit.iterdir():
+        (here / path.name).symlink_to(path)
     if arguments[0] == "G":
         arguments = ["generate", "-p", "x", "--base", "base", "--steps", "2", *arguments[1:]]
     before = sorted(here.iterdir())

@@ -152,8 +152,8 @@ def generate(
         **_size(size),
     }
     fields = {**_fields(request), **{name: value for name, value in given.items() if value not in (None, [])}}
-    if seed is not None:
-        fields.pop("seeds", None)
+    if seed is not None and "seeds" in fields:
+        fields.setdefault("images", len(fields.pop("seeds")))
     if "prompt" not in fields:
         raise MahlstickError('--prompt is missing; say what to paint, e.g. --prompt "red apple"')
     _generate(fields, Path(out), save_request, device, dtype, json_output)
@@ -162,9 +162,9 @@ def generate(
 def _fields(request: str | None) -> dict[str, Any]:
     if request is None:
         return {}
-    from mahlstick.pipelines.request import Request
+    from mahlstick.pipelines.request import read_fields
 
-    return Request.load(request).model_dump(exclude_unset=True)
+    return read_fields(request)
 
 
 def _generate(
@@ -173,16 +173,20 @@ def _generate(
     from mahlstick.pipelines.request import Request
 
     request = Request(**fields)
-    if save_request is not None:
-        request.save(save_request)
-    from mahlstick.pipelines.generate import check_target
+    from mahlstick.pipelines.generate import check_folder, check_target
     from mahlstick.pipelines.generate import generate as make
 
     check_target(out)
+    if save_request is not None:
+        check_folder(Path(save_request).parent)
+        if os.path.isdir(save_request):
+            raise MahlstickError(f"--save-request {save_request}: is a folder; give the name of a file")
     _quiet_libraries()
     existed = out.is_file()
     result = make(request, device=device, dtype=dtype, progress=sys.stderr.isatty() and not as_json)
     paths = result.save(out)
+    if save_request is not None:
+        request.save(save_request)
     seeds = result.recipe.request.seeds or []
     if as_json:
         typer.echo(json.dumps({"images": [str(path) for path in paths], "seeds": seeds}))
