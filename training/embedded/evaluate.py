@@ -33,6 +33,7 @@ from mahlstick.training.embedded import data, models, train
 log = logging.getLogger(__name__)
 
 STEPS, GUIDANCE = 20, 4.0
+GAIN = 1.5  # of the ControlNet: trained for minutes, it says the right thing too softly
 LIMIT = 60_000_000  # bytes of assets/ together
 
 
@@ -69,8 +70,12 @@ def assemble(pictures: data.Pictures, run: train.Run, out: Path) -> None:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor", "image_encoder"):
         shutil.rmtree(folder / part, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):  # transformers 5 writes tokenizer.json alone; older ones read these
+        shutil.copy(run.cache / "tokenizer" / name, folder / "tokenizer" / name)
     if (run.cache / "controlnet").exists():
-        ControlNetModel.from_pretrained(run.cache / "controlnet").half().save_pretrained(folder / "controlnet-lineart")
+        controlnet = ControlNetModel.from_pretrained(run.cache / "controlnet")
+        strengthen(controlnet, GAIN)
+        controlnet.half().save_pretrained(folder / "controlnet-lineart")
     if (run.cache / "ip_adapter.safetensors").exists():
         (folder / "ip-adapter").mkdir(exist_ok=True)
         weights = {k: v.half() for k, v in load_file(run.cache / "ip_adapter.safetensors").items()}
@@ -82,11 +87,19 @@ def assemble(pictures: data.Pictures, run: train.Run, out: Path) -> None:
         raise RuntimeError(f"{out} takes {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB: make the nets smaller")
 
 
+def strengthen(controlnet: ControlNetModel, gain: float) -> None:
+    """Fold ``gain`` into the zero convolutions, in place, so that scale 1 acts as ``gain`` did before."""
+    with torch.no_grad():
+        for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+            layer.weight *= gain
+            layer.bias *= gain
+
+
 def portable(folder: Path) -> None:
     """Take paths and storage precision out of the configs, so that the nets load as float32 unless asked otherwise."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text())
-        if not isinstance(config, dict) or path.name == "vocab.json":
+        if not isinstance(config, dict) or path.name in ("vocab.json", "tokenizer.json"):
             continue
         for key in ("_name_or_path", "name_or_path"):
             config.pop(key, None)
@@ -233,7 +246,7 @@ def measure_reference(
 def measure_words(pipe: StableDiffusionPipeline, pictures: data.Pictures, cache: Path, sheets: Path) -> dict[str, Any]:
     """Words alone: retrieval by our CLIP among all trained concepts, and the colour that was asked for."""
     known = [c for c in pictures.concepts if not c.held_out]
-    asked = random.Random(1).sample(range(len(known)), min(64, len(known)))
+    asked = random.Random(1).sample(range(len(known)), min(40, len(known)))
     made = generate(pipe, [known[i].label for i in asked], list(range(len(asked))))
     text = CLIPTextModel.from_pretrained(cache / "clip-text")
     with torch.no_grad():
@@ -241,7 +254,7 @@ def measure_words(pipe: StableDiffusionPipeline, pictures: data.Pictures, cache:
         seen = pipe.image_encoder(pixel_values=torch.from_numpy(made).permute(0, 3, 1, 2) / 127.5 - 1).image_embeds
     ranks = (F.normalize(seen, dim=-1) @ F.normalize(words, dim=-1).T).argsort(descending=True)
     found = ranks == torch.tensor(asked)[:, None]
-    things = ["penguin", "cat", "hamburger", "car", "dog", "house", "heart", "flower"]
+    things = ["penguin", "cat", "hamburger", "heart"]
     pairs = [(colour, thing) for colour in data.COLOURS for thing in things]
     coloured = generate(pipe, [f"{c} {t}" for c, t in pairs], list(range(len(pairs))))
     opaque = np.where((coloured < 235).any(-1, keepdims=True), 255, 0).astype(np.uint8)
@@ -255,6 +268,7 @@ def measure_words(pipe: StableDiffusionPipeline, pictures: data.Pictures, cache:
         "prompts": len(asked),
         "recall_at_1": round(float(found[:, :1].any(1).float().mean()), 3),
         "recall_at_5": round(float(found[:, :5].any(1).float().mean()), 3),
+        "colour_prompts": len(pairs),
         "colour_right": round(float(np.mean(right)), 3),
     }
 
@@ -324,6 +338,7 @@ def card(pictures: data.Pictures, run: train.Run, folder: Path, figures: dict[st
         ("HOG cosine with the reference", r["shape"]),
         ("cosine in the embedded image tower (the IP-Adapter's own encoder: not independent)", r["image_tower"]),
     ]
+    goal = "met" if c["ratio"] >= 2 else "not met"
     measured = "\n".join(f"| {what} | {without} | {with_} |" for what, (without, with_) in rows)
     return f"""# The embedded model
 
@@ -368,10 +383,12 @@ guidance {GUIDANCE:g}; the same seeds with and without the unit). None of the dr
 |---|---|---|
 {measured}
 
-- With the ControlNet the edge F1 is {c["ratio"]} times that without.
+- With the ControlNet the edge F1 is {c["ratio"]} times that without; the goal of 2 is {goal}.
+  Its zero convolutions are stored {GAIN:g} times as strong as trained: a scale of 1 follows the drawing best.
 - Words alone: of {w["prompts"]} trained concepts, drawn evenly from all, the CLIP towers find the right one
   among {w["concepts"]} in {w["recall_at_1"]:.0%} of the pictures (in their first five guesses: {w["recall_at_5"]:.0%}).
-  Of 64 "colour thing" prompts, {w["colour_right"]:.0%} show the colour that was asked for as the dominant one.
+  Of {w["colour_prompts"]} "colour thing" prompts, {w["colour_right"]:.0%} show the colour that was asked for as the
+  dominant one.
 - VAE: {figures["vae_psnr"]} dB on the held-out 3D pictures.
 
 ## Limits
