@@ -384,7 +384,7 @@ guidance {GUIDANCE:g}; the same seeds with and without the unit). None of the dr
 {measured}
 
 - With the ControlNet the edge F1 is {c["ratio"]} times that without; the goal of 2 is {goal}.
-  Its zero convolutions are stored {GAIN:g} times as strong as trained: a scale of 1 follows the drawing best.
+  Its zero convolutions are stored {GAIN:g} times as strong as trained: so a scale of 1 acts as that.
 - Words alone: of {w["prompts"]} trained concepts, drawn evenly from all, the CLIP towers find the right one
   among {w["concepts"]} in {w["recall_at_1"]:.0%} of the pictures (in their first five guesses: {w["recall_at_5"]:.0%}).
   Of {w["colour_prompts"]} "colour thing" prompts, {w["colour_right"]:.0%} show the colour that was asked for as the
