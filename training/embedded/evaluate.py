@@ -151,7 +151,9 @@ def generate(pipe: Any, prompts: list[str], seeds: list[int], batch: int = 16, *
     parts = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
-        extra = {k: torch.stack(v[part]) if isinstance(v[0], Tensor) else v[part] for k, v in conditions.items()}
+        extra: dict[str, Any] = {
+            k: torch.stack(v[part]) if isinstance(v[0], Tensor) else v[part] for k, v in conditions.items()
+        }
         if "ip_adapter_image_embeds" in extra:  # one adapter: (2B, 1, features), the unconditional half first
             features = extra["ip_adapter_image_embeds"]
             extra["ip_adapter_image_embeds"] = [torch.cat([torch.zeros_like(features), features])]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -270,7 +270,7 @@ def train_vae(pictures: data.Pictures, run: Run) -> AutoencoderKL:
     watched = data.on_white(pictures.rgba[pictures.of("3d", held_out=True)[:12]])
 
     def preview(nets: dict[str, nn.Module]) -> None:
-        y = reconstruct(nets["vae"], watched)  # type: ignore[arg-type]
+        y = reconstruct(nets["vae"], watched)
         psnr = -10 * (((y - watched) / 2) ** 2).mean().log10()
         tqdm.write(f"vae: {psnr:.1f} dB on held-out pictures")
         sheet([watched, y], run.cache / "sheets" / "vae.png")
@@ -279,7 +279,7 @@ def train_vae(pictures: data.Pictures, run: Run) -> AutoencoderKL:
         x = vae_pictures(pictures, run.batch, rng).to(run.device)
         return vae_loss(vae, colours, x.contiguous(memory_format=torch.channels_last))
 
-    best: AutoencoderKL = train("vae", {"vae": vae, "colours": colours}, loss_of, run, preview)["vae"].cpu()  # type: ignore[assignment]
+    best: AutoencoderKL = train("vae", {"vae": vae, "colours": colours}, loss_of, run, preview)["vae"].cpu()
     with torch.no_grad():
         x = data.on_white(pictures.rgba[pictures.of("3d")])
         models.standardise(best, torch.cat([best.encode(b).latent_dist.mean for b in x.split(32)]))
@@ -334,13 +334,15 @@ def train_clip(pictures: data.Pictures, run: Run) -> tuple[CLIPTextModel, CLIPVi
         x = data.on_white(torch.stack(rgba)).to(run.device)
         ids = models.encode(tokenizer, words).to(run.device)
         return clip_loss(
-            image(pixel_values=x).image_embeds, text(ids).pooler_output, temperature.log_scale.clamp(max=4.6)
+            image(pixel_values=x).image_embeds,
+            text(ids).pooler_output,
+            cast(Tensor, temperature.log_scale).clamp(max=4.6),
         )
 
     nets = train("clip", {"text": text, "image": image, "temperature": temperature}, loss_of, run)
     nets["text"].cpu().save_pretrained(run.cache / "clip-text")  # type: ignore[operator]
     nets["image"].cpu().save_pretrained(run.cache / "clip-image")  # type: ignore[operator]
-    return nets["text"], nets["image"]  # type: ignore[return-value]
+    return nets["text"], nets["image"]
 
 
 # ---- base
@@ -546,7 +548,7 @@ def train_base(pictures: data.Pictures, run: Run) -> None:
     def preview(nets: dict[str, nn.Module]) -> None:
         for module in nets["unet"].modules():
             module._forward_pre_hooks.clear()
-        x = sample(nets["unet"], nets["text"], vae, tokenizer, list(SAMPLES))  # type: ignore[arg-type]
+        x = sample(nets["unet"], nets["text"], vae, tokenizer, list(SAMPLES))
         sheet([x], run.cache / "sheets" / "base.png")
         nets["unet"].save_pretrained(run.cache / "unet")  # type: ignore[operator]
         nets["text"].save_pretrained(run.cache / "text")  # type: ignore[operator]
