@@ -334,11 +334,19 @@ def test_inpaint_condition() -> None:
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_folder_without_weights_is_one_sentence(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if name == "pose":
+        pytest.importorskip("rtmlib", reason="an extra: mahlstick[pose]")
     with pytest.raises(MahlstickError) as caught:
         annotators.annotate(name, noise(32, 32), model=str(tmp_path))
     message = str(caught.value)
     assert str(tmp_path) in message and "give model=" in message and "\n" not in message
     assert capfd.readouterr().out == ""
+
+
+def test_pose_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rtmlib", None)  # as where it is not installed
+    with pytest.raises(MahlstickError, match=r"pose needs rtmlib; install mahlstick\[pose\]$"):
+        annotators.annotate("pose", noise(32, 32))
 
 
 def test_without_the_hub_the_answer_comes_at_once() -> None:
@@ -581,7 +589,7 @@ def constant_onnx(path: Path, input_shape: tuple[int, ...], outputs: dict[str, n
 
 
 def pose_folder(folder: Path, score: float) -> str:
-    pytest.importorskip("rtmlib")
+    pytest.importorskip("rtmlib", reason="an extra: mahlstick[pose]")
     constant_onnx(folder / "detector.onnx", (1, 3, 64, 64), {"boxes": np.array([[[8, 8, 56, 56, score]]])})
     columns, rows = np.zeros((1, 133, 96)), np.zeros((1, 133, 128))  # twice the input's 48 x 64
     joints = np.arange(133)

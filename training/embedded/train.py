@@ -56,13 +56,20 @@ class Run:
 # ---- the loop
 
 
+def has_bf16(device: str) -> bool:
+    """Whether the hardware multiplies in bf16 (CUDA, AVX512-BF16): elsewhere it is ten times slower than float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device.startswith("cuda") or bool(supported())
+
+
 def autocast(device: str) -> AbstractContextManager[Any]:
-    """bf16 where the hardware has it (CUDA, AVX512-BF16), else full precision: elsewhere bf16 is ten times slower."""
-    fast = device.startswith("cuda")
-    if not fast:
-        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        fast = bool(supported())
-    return torch.autocast(device.split(":")[0], torch.bfloat16) if fast else nullcontext()
+    """bf16 where the hardware has it, else full precision."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16) if has_bf16(device) else nullcontext()
+
+
+def memory_format(device: str) -> torch.memory_format:
+    """Channels last for bf16; in float32 oneDNN's own blocked layout is faster."""
+    return torch.channels_last if has_bf16(device) else torch.contiguous_format
 
 
 def rate(progress: float, step: int, warmup: int = 50) -> float:
@@ -93,7 +100,7 @@ def train(
     and a finished one returns at once; a longer ``minutes`` extends it.
     """
     path = run.cache / f"{name}.pt"
-    modules = {k: m.to(run.device).to(memory_format=torch.channels_last).train() for k, m in modules.items()}
+    modules = {k: m.to(run.device).to(memory_format=memory_format(run.device)).train() for k, m in modules.items()}
     weights = parameters_of(modules)
     decayed, plain = [p for p in weights if p.ndim > 1], [p for p in weights if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 1e-2}, {"params": plain, "weight_decay": 0.0}]
@@ -277,7 +284,7 @@ def train_vae(pictures: data.Pictures, run: Run) -> AutoencoderKL:
 
     def loss_of(rng: random.Random) -> Tensor:
         x = vae_pictures(pictures, run.batch, rng).to(run.device)
-        return vae_loss(vae, colours, x.contiguous(memory_format=torch.channels_last))
+        return vae_loss(vae, colours, x.contiguous(memory_format=memory_format(run.device)))
 
     best: AutoencoderKL = train("vae", {"vae": vae, "colours": colours}, loss_of, run, preview)["vae"].cpu()
     with torch.no_grad():
@@ -413,8 +420,8 @@ class Noise:
         a = self.alphas[t].view(-1, 1, 1, 1)
         eps = torch.randn_like(z)
         noised, v = a.sqrt() * z + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z
-        last = torch.channels_last
-        return noised.contiguous(memory_format=last), v.contiguous(memory_format=last)
+        layout = memory_format(str(z.device))
+        return noised.contiguous(memory_format=layout), v.contiguous(memory_format=layout)
 
     def loss(self, prediction: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """Squared error of v, weighted by (min(SNR, γ) + ½)/(SNR + 1).
