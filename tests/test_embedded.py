@@ -150,7 +150,7 @@ def test_every_stage_trains_resumes_assembles_and_is_measured(pictures, tmp_path
     evaluate.assemble(pictures, tiny(tmp_path), tmp_path / "assets")
     monkeypatch.setattr(evaluate, "STEPS", 2)
     figures = evaluate.evaluate(pictures, tiny(tmp_path), tmp_path / "assets")
-    assert figures["control"]["pairs"] == 2 and figures["reference"]["references"] == 1
+    assert figures["control"]["all"]["pairs"] == 3 and figures["reference"]["references"] == 1
     card = (tmp_path / "assets" / "embedded" / "MODEL_CARD.md").read_text()
     assert "unseen thing" in card and str(figures["vae_psnr"]) in card
 

@@ -7,8 +7,6 @@ import logging
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
 # stage → (what it does, minutes on two slow cores, batch, learning rate, decay of the average)
 STAGES: dict[str, tuple[str, float, int, float, float]] = {
     "data": ("fetch the packages with npm and draw the pictures", 0, 0, 0, 0),
@@ -46,9 +44,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="processor threads (default: all)")
     p.add_argument(
-        "--cache", type=Path, default=ROOT / ".cache" / "embedded", help="where pictures and checkpoints live"
+        "--cache",
+        type=Path,
+        default=Path(".cache/embedded"),
+        help="where pictures and checkpoints live (default .cache/embedded)",
     )
-    p.add_argument("--out", type=Path, default=ROOT / "assets", help="where assemble and evaluate write")
+    p.add_argument("--out", type=Path, default=Path("assets"), help="where assemble and evaluate write (assets)")
     p.add_argument("--fresh", action="store_true", help="start the stage again from nothing")
     return p
 

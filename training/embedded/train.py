@@ -136,7 +136,7 @@ def train(
                 p.copy_(a)
         return {k: m.eval() for k, m in twins.items()}
 
-    clock = saved = time.monotonic()
+    clock = saved = shown = time.monotonic()
     rank = int(os.environ.get("RANK", "0"))
     if rank:  # the helpers of a distributed run draw other batches, and leave writing to the first process
         rng.seed(run.seed + step + rank)
@@ -167,8 +167,9 @@ def train(
         bar.set_postfix_str(f"step {step} loss {mean:.4f} {step * run.batch / spent:.1f}/s", refresh=step % 10 == 0)
         if now - saved > run.save_every and not rank:
             save()
-            if preview:
+            if preview and now - shown > 5 * run.save_every:
                 preview(averaged())
+                shown = time.monotonic()
             saved = clock = time.monotonic()
     bar.close()
     if rank:
@@ -379,7 +380,8 @@ def kept(run: Run, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, A
     """What ``make`` returns, from ``cache/name`` when that is newer than the VAE: encoding takes a minute."""
     path, vae = run.cache / name, run.cache / "vae" / "config.json"
     if not path.exists() or path.stat().st_mtime < vae.stat().st_mtime:
-        torch.save(make(), path)
+        torch.save(make(), path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
     return dict(torch.load(path, weights_only=True))
 
 
