@@ -199,7 +199,7 @@ def unseen_drawings(pictures: data.Pictures) -> dict[str, Drawings]:
 def measure_control(
     pipe: StableDiffusionPipeline, pictures: data.Pictures, folder: Path, sheets: Path
 ) -> dict[str, Any]:
-    """Edge F1 over the unseen drawings: without and with the ControlNet, and of the true pictures; by set and over all."""
+    """Edge F1 over the unseen drawings, without and with the ControlNet, by set and in all."""
     net = ControlNet.from_pretrained(folder / "controlnet-lineart")
     figures: dict[str, Any] = {}
     scores: list[np.ndarray[Any, Any]] = []
