@@ -128,7 +128,7 @@ class IPAdapter(Adapter):
     def use_encoder(self, model: Any, processor: Any = None) -> None:
         """Encode pictures with this vision model (a transformers module, folder or hub id) and its image processor."""
         if isinstance(model, (str, PathLike)):
-            model, processor = _load_encoder(model)
+            model, processor = load_encoder(model)
         self._check_encoder(model)
         self._encoder = (model, processor)
 
@@ -418,7 +418,8 @@ def _grid(size: tuple[int, int], queries: int) -> tuple[int, int]:
     return height, width
 
 
-def _load_encoder(path: str | PathLike[str]) -> tuple[Any, Any]:
+def load_encoder(path: str | PathLike[str]) -> tuple[Any, Any]:
+    """A CLIP vision model with its image processor, or None where the folder has none of that."""
     from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -420,14 +421,31 @@ def replay(
         typer.echo(f"{path}  {'identical to' if same else 'differs from'} {picture}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    short_help="Teach an adapter from your own pictures.",
+)
+def train(context: typer.Context) -> None:
+    """Teach an adapter from your own pictures: mahlstick train --help lists what can be set."""
+    from mahlstick.training.config import from_flags
+
+    config = from_flags(context.args)
+    _quiet_libraries()
+    from mahlstick.training.run import train as learn
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    out = learn(config)
+    typer.echo(f"\n{out} holds what was learned; {out}/README.md says how well.")
+
+
 def _quiet_libraries() -> None:
     """Loading bars and advice of the libraries below are no news to a person at the shell."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _complain(message: str) -> None:

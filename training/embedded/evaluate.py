@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from mahlstick.adapters.ip_adapter import IPAdapter
 from mahlstick.pipelines.attach import attach
 from mahlstick.pipelines.units import Control, ImagePrompt, Unit
 from mahlstick.training.embedded import data, models, train
+from mahlstick.training.metrics import edge_f1
 
 log = logging.getLogger(__name__)
 
@@ -106,17 +106,6 @@ def portable(folder: Path) -> None:
 
 
 # ---- measures
-
-
-def edge_f1(drawing: np.ndarray, result: np.ndarray, tolerance: int = 1) -> float:
-    """F1 of two edge maps (H, W); a pixel counts as found when the other map has one within ``tolerance``."""
-    kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)
-    a, b = (drawing > 127).astype(np.uint8), (result > 127).astype(np.uint8)
-    if not a.any() or not b.any():
-        return 0.0
-    precision = float(cv2.dilate(a, kernel)[b > 0].mean())
-    recall = float(cv2.dilate(b, kernel)[a > 0].mean())
-    return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
 def histogram(rgb: np.ndarray, bins: int = 4) -> np.ndarray:

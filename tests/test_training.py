@@ -1,0 +1,336 @@
+"""Every task learns, stops, goes on with the same bits, and what it learned loads elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+import mahlstick as ms
+from benchmarks import tiny
+from mahlstick.training.cache import FeatureCache
+from mahlstick.training.checkpoint import Checkpoints
+from mahlstick.training.config import TrainConfig, from_flags
+from mahlstick.training.data import read_dataset
+from mahlstick.training.loop import Loop, new_accelerator
+from mahlstick.training.objective import Objective, generator, strata
+from mahlstick.training.run import train
+from mahlstick.training.tasks import ControlNetTask
+
+TASKS = ["controlnet", "ip-adapter", "lora", "base", "vae", "clip"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight shapes with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        picture = Image.new("RGB", (tiny.SIZE, tiny.SIZE), "white")
+        left, top = (int(v) for v in rng.integers(4, 24, 2))
+        colour = tuple(int(v) for v in rng.integers(0, 200, 3))
+        ImageDraw.Draw(picture).ellipse((left, top, left + 30, top + 30), fill=colour)
+        picture.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"shape {i}\na round thing\n")
+    return folder
+
+
+def pipe() -> Any:
+    """A tiny base of one's own: training changes it."""
+    return tiny.quiet(StableDiffusionPipeline(**copy.deepcopy(tiny.components("sd1"))))
+
+
+def config(task: str, pictures: Path, out: Path, **fields: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "steps": 4, "batch": 2, "validate_every": 0, "checkpoint_every": 2, "warmup": 1, "rate": 1e-3, "held_out": 0.2,
+        "resolution": tiny.SIZE, "log_every": 1, "cache": str(out.parent / f"cache-{task}"),
+    }  # fmt: skip
+    if task == "controlnet":
+        defaults["annotator"] = "canny"
+    return TrainConfig(task=task, data=str(pictures), out=str(out), **defaults | fields)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything learned that lies in a result's folder."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        inside = path.relative_to(folder)
+        if inside.parts[0] not in ("checkpoints", "cache"):
+            found |= {f"{inside}:{name}": value for name, value in load_file(path).items()}
+    assert found
+    return found
+
+
+def same(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_in_two_parts_ends_with_the_same_bits(task: str, pictures: Path, tmp_path: Path) -> None:
+    ema = {"ema": 0.9} if task in ("controlnet", "base") else {}
+    whole = train(config(task, pictures, tmp_path / "whole", **ema), pipe())
+    start = train(config(task, pictures, tmp_path / "start", steps=2, **ema), pipe())
+    assert not same(whole, start)  # the steps after do something
+    parts = train(config(task, pictures, tmp_path / "start", **ema), pipe())
+    assert same(whole, parts)
+    log = [json.loads(line) for line in (parts / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in log)
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    """kill -9, twice at unplanned moments, in a process of its own each time."""
+    wanted = config("controlnet", pictures, tmp_path / "killed", steps=12, checkpoint_every=3)
+    (tmp_path / "config.json").write_text(wanted.to_json())
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from pathlib import Path; from tests.test_training import pipe, train, TrainConfig\n"
+        f"train(TrainConfig.from_json(Path({str(tmp_path / 'config.json')!r}).read_text()), pipe())\n"
+    )
+    for _ in range(2):
+        run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "killed" / "log.jsonl"
+        before = log.read_text().count("\n") if log.exists() else 0
+        while run.poll() is None and (log.read_text().count("\n") if log.exists() else 0) < before + 4:
+            time.sleep(0.02)
+        run.kill()
+        run.wait()
+        assert not (tmp_path / "killed" / "README.md").exists()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    whole = config("controlnet", pictures, tmp_path / "whole", steps=12, checkpoint_every=3, cache=wanted.cache)
+    assert same(tmp_path / "killed", train(whole, pipe()))
+
+
+@pytest.mark.parametrize("task", ["controlnet", "ip-adapter", "lora"])
+def test_micro_batches_change_nothing_but_rounding(task: str, pictures: Path, tmp_path: Path) -> None:
+    whole = weights(train(config(task, pictures, tmp_path / "whole", batch=4, steps=2), pipe()))
+    parts = weights(train(config(task, pictures, tmp_path / "parts", batch=4, steps=2, micro_batch=1), pipe()))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = train(config("controlnet", pictures, tmp_path / "whole", steps=6), pipe())
+    out = train(config("controlnet", pictures, tmp_path / "out"), pipe())
+    last = out / "checkpoints" / "step-00000004" / "model.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    assert same(whole, train(config("controlnet", pictures, tmp_path / "out", steps=6), pipe()))
+    assert "step-00000004: model.safetensors is damaged; going back" in caplog.text
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.write(1, lambda folder: (folder / "a").write_text("whole") and None)
+
+    def overflow(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ms.MahlstickError, match=r"the disk is full, and the checkpoint of step 1 is whole"):
+        checkpoints.write(2, overflow)
+    assert checkpoints.newest() == 1 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.write(step, lambda folder: (folder / "a").write_text("x") and None, protected=1)
+    assert checkpoints.steps() == [1, 3, 4]
+
+
+def loop_of(pictures: Path, out: Path, **fields: Any) -> Loop:
+    """A run that is ready to take its first step."""
+    wanted = config("controlnet", pictures, out, **fields)
+    examples = read_dataset(pictures)
+    torch.manual_seed(0)
+    task = ControlNetTask(wanted, pipe())
+    cache = FeatureCache(wanted.cache_folder, task.settings())
+    cache.fill(examples, task.encode)
+    return Loop(new_accelerator(wanted), task, cache, examples, [])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_three_stop_the_run(pictures: Path, tmp_path: Path) -> None:
+    loop = loop_of(pictures, tmp_path / "out", ema=0.9)
+    before = {name: value.clone() for name, value in loop.task.state_dict().items()}
+    batch = loop.rows[0]
+    broken = batch | {"latents": batch["latents"] * float("nan")}
+    loop.step(broken)
+    loop.step(broken)
+    assert all(torch.equal(value, before[name]) for name, value in loop.task.state_dict().items())
+    assert (loop.progress.step, loop.progress.bad, loop.progress.skipped) == (2, 2, 2)
+    loop.step(batch)
+    assert loop.progress.bad == 0
+    assert not all(torch.equal(value, before[name]) for name, value in loop.task.state_dict().items())
+    loop.step(broken)
+    loop.step(broken)
+    with pytest.raises(ms.MahlstickError, match="3 steps in a row without a finite gradient; there is no checkpoint"):
+        loop.step(broken)
+
+
+def test_out_of_memory_halves_the_micro_batch(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = loop_of(pictures, tmp_path / "out", batch=4)
+    calm = loop_of(pictures, tmp_path / "calm", batch=4, micro_batch=1)
+    forward = loop.task.net.forward
+
+    def greedy(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(sample) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(loop.task.net, "forward", greedy)
+    loop.step(loop.rows[0])
+    calm.step(calm.rows[0])
+    assert loop.micro == 1 and "from here on 1 pictures at once" in caplog.text
+    ours, theirs = loop.task.state_dict(), calm.task.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+# --- what is learned from
+
+
+def test_targets_are_those_of_diffusers() -> None:
+    torch.manual_seed(0)
+    z, noise, u = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.5, 0.9999])
+    for kind in ("epsilon", "v_prediction"):
+        scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
+        noised, t, target, weight = Objective(scheduler).noised(z, noise, u)
+        assert t.tolist() == [0, 500, 999] and weight.tolist() == [1, 1, 1]
+        torch.testing.assert_close(noised, scheduler.add_noise(z, noise, t))
+        torch.testing.assert_close(target, noise if kind == "epsilon" else scheduler.get_velocity(z, noise, t))
+    flow = Objective(FlowMatchEulerDiscreteScheduler())
+    noised, t, target, _ = flow.noised(z, noise, u)
+    torch.testing.assert_close(target, noise - z)
+    torch.testing.assert_close(noised - (t / 1000).view(-1, 1, 1, 1) * target, z)  # one straight line from z to ε
+
+
+def test_min_snr_weighs_both_predictions_alike() -> None:
+    """ε and v errors differ by a factor √(SNR + 1)/√SNR, so weights for the same x₀ loss differ by (SNR + 1)/SNR."""
+    z = torch.zeros(4, 4, 8, 8)
+    u = torch.tensor([0.05, 0.3, 0.6, 0.95])
+    found = {}
+    for kind in ("epsilon", "v_prediction"):
+        scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
+        _, t, _, found[kind] = Objective(scheduler, min_snr=5.0).noised(z, z, u)
+    a = scheduler.alphas_cumprod[t]
+    snr = a / (1 - a)
+    torch.testing.assert_close(found["epsilon"], snr.clamp(max=5) / snr)
+    torch.testing.assert_close(found["v_prediction"] * (snr + 1), found["epsilon"] * snr)
+
+
+def test_draws_depend_on_the_key_alone() -> None:
+    first = torch.randn(4, generator=generator(1, 2, "row"))
+    torch.manual_seed(9)
+    assert torch.equal(first, torch.randn(4, generator=generator(1, 2, "row")))
+    assert not torch.equal(first, torch.randn(4, generator=generator(1, 3, "row")))
+    u = strata(0, 5, 8).sort().values
+    torch.testing.assert_close(u.diff(), torch.full((7,), 1 / 8))
+
+
+# --- what was learned loads elsewhere
+
+
+def test_a_trained_controlnet_is_the_same_in_diffusers(pictures: Path, tmp_path: Path) -> None:
+    out = train(config("controlnet", pictures, tmp_path / "out"), pipe())
+    theirs, ours = ControlNetModel.from_pretrained(out), ms.ControlNet.from_pretrained(out)
+    inputs = tiny.unet_inputs("sd1")
+    image = torch.rand(2, 3, tiny.SIZE, tiny.SIZE)
+    with torch.no_grad():
+        down, mid = ours(**inputs, image=image)
+        wanted, middle = theirs(**inputs, controlnet_cond=image, return_dict=False)
+    for found, other in zip([*down, mid], [*wanted, middle], strict=True):
+        assert found.abs().max() > 0
+        torch.testing.assert_close(found, other, atol=1e-5, rtol=0)
+
+
+def test_a_trained_ip_adapter_is_the_same_in_diffusers(pictures: Path, tmp_path: Path) -> None:
+    out = train(config("ip-adapter", pictures, tmp_path / "out"), pipe())
+    ours, theirs = pipe(), pipe()
+    reference = Image.open(pictures / "0.png")
+    call = {"prompt": "a fox", "num_inference_steps": 3, "output_type": "np", "height": tiny.SIZE, "width": tiny.SIZE}
+    plain = ours(**call, generator=torch.Generator().manual_seed(0)).images
+    with ms.attach(ours, ms.ImagePrompt(ms.IPAdapter.from_pretrained(out / "ip_adapter.safetensors"), reference)):
+        found = ours(**call, generator=torch.Generator().manual_seed(0)).images
+    theirs.load_ip_adapter(str(out), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None)
+    wanted = theirs(**call, ip_adapter_image=reference, generator=torch.Generator().manual_seed(0)).images
+    assert np.abs(found - wanted).max() <= 1e-5 < np.abs(found - plain).max()
+
+
+def test_a_trained_lora_loads_in_diffusers(pictures: Path, tmp_path: Path) -> None:
+    out = train(config("lora", pictures, tmp_path / "out", steps=20, rate=0.05), pipe())
+    theirs = pipe()
+    inputs = tiny.unet_inputs("sd1")
+    with torch.no_grad():
+        plain = theirs.unet(**inputs).sample
+        theirs.load_lora_weights(out)
+        assert (theirs.unet(**inputs).sample - plain).abs().max() > 1e-3
+
+
+# --- knowing, and saying what is wrong
+
+
+def test_validation_writes_figures_and_a_grid(pictures: Path, tmp_path: Path) -> None:
+    out = train(config("controlnet", pictures, tmp_path / "out", steps=2, validate_every=2, held_out=0.3), pipe())
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["edge_f1"] <= 1 and np.isfinite(last["held_out_loss"])
+    with Image.open(out / "samples" / "step-00000002.png") as grid:
+        assert grid.width == 3 * tiny.SIZE
+    card = (out / "README.md").read_text()
+    assert "edge_f1" in card and "held_out_loss" in card
+    known = json.loads((out / "training.json").read_text())
+    assert known["config"]["annotator"] == "canny" and "torch" in known["versions"]
+
+
+def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path) -> None:
+    train(config("lora", pictures, tmp_path / "out", steps=1), pipe())
+    with pytest.raises(ms.MahlstickError, match=r"holds a run with rate = 0\.001, not 0\.01"):
+        train(config("lora", pictures, tmp_path / "out", steps=2, rate=0.01), pipe())
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(3):
+        tiny.picture(i).save(other / f"{i}.png")
+    fields = json.loads(config("lora", pictures, tmp_path / "out", steps=2).to_json())
+    with pytest.raises(ms.MahlstickError, match=r"holds a run with data ="):
+        train(TrainConfig(**fields | {"data": str(other)}), pipe())
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("", "say what is learned"),
+        ("contronet", "invalid choice: 'contronet'"),
+        ("lora --out o", "data: is missing"),
+        ("lora --data d --out o --steps many", "steps: should be a valid integer"),
+        ("lora --data d --out o --batch 4 --micro-batch 3", "3 does not divide 4"),
+        ("lora --data d --out o --ema 1", "ema: should be less than 1"),
+        ("lora --data d --out o --annotator-options low", "give NAME=VALUE"),
+        ("lora --config none.toml", "none.toml: cannot be read"),
+    ],
+)
+def test_bad_flags_are_one_sentence(words: str, complaint: str) -> None:
+    with pytest.raises(ms.MahlstickError) as caught:
+        from_flags(words.split())
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["run.toml", "run.yaml"])
+def test_a_file_says_the_same_as_flags(name: str, tmp_path: Path) -> None:
+    equals = " = " if name.endswith("toml") else ": "
+    lines = ['task@"controlnet"', 'data@"d"', 'out@"o"', 'annotator@"canny"', "steps@7", "min_snr@5.0"]
+    (tmp_path / name).write_text("\n".join(lines).replace("@", equals))
+    flags = "controlnet --data d --out o --annotator canny --steps 9 --min-snr 5"
+    assert from_flags(["--config", str(tmp_path / name), "--steps", "9"]) == from_flags(flags.split())

@@ -1,0 +1,389 @@
+"""The only loop: it takes any task through its steps on accelerate, and goes on with the same bits where it stopped.
+
+Everything random is a function of seed, step and row (:mod:`~mahlstick.training.objective`), and so are the order of
+the examples and the rate. A checkpoint is then weights, optimiser, average and the step's number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mahlstick.errors import MahlstickError
+from mahlstick.training import optimisers
+from mahlstick.training.cache import FeatureCache
+from mahlstick.training.checkpoint import Checkpoints
+from mahlstick.training.config import TrainConfig
+from mahlstick.training.data import Example, Plan
+from mahlstick.training.objective import generator, strata
+from mahlstick.training.tasks import SCORE, Features, Task
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 3  # steps in a row without a finite gradient
+SAMPLES = 8  # held-out examples in a validation's picture grid
+AVERAGE, PROGRESS = "average.safetensors", "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint keeps beside the tensors."""
+
+    step: int = 0
+    bad: int = 0
+    skipped: int = 0
+    best: dict[str, float] = field(default_factory=dict)  # score and step
+
+
+class Rows(torch.utils.data.Dataset[Features]):
+    """This process's rows of each step: item ``step`` is its whole share of the global batch, all draws made."""
+
+    def __init__(
+        self, task: Task, cache: FeatureCache, digests: Sequence[str], plan: Plan, rank: int = 0, world: int = 1
+    ) -> None:
+        self.cache, self.digests, self.plan, self.rank, self.world = cache, digests, plan, rank, world
+        self.draw, self.seed = task.draw, task.config.seed
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def __getitem__(self, step: int) -> Features:
+        chosen = self.plan.batch_at(step)
+        share = len(chosen) // self.world
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        rows = [self.draw(self.cache[self.digests[chosen[i]]], generator(self.seed, step, i, "row")) for i in mine]
+        return stacked(rows) | {"u": strata(self.seed, step, len(chosen))[mine.start : mine.stop]}
+
+
+def stacked(rows: Sequence[Features]) -> Features:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Loop:
+    """One run of a task over cached examples."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        task: Task,
+        cache: FeatureCache,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+    ) -> None:
+        self.config = config = task.config
+        self.accelerator = a = accelerator
+        check_processes(config, task, a)
+        self.task, self.cache, self.held_out = task, cache, list(held_out)
+        self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+        task.to_learn(a.device, self.dtype)
+        digests = [example.digest() for example in train]
+        plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
+        self.rows = Rows(task, cache, digests, plan, a.process_index, a.num_processes)
+        self.share = config.batch // a.num_processes
+        self.micro = min(config.micro_batch or self.share, self.share)
+        optimiser = optimisers.build(config, task.parameters())
+        self.model, self.optimiser = a.prepare(task, optimiser)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.average = optimisers.Average(self.parameters, config.ema) if config.ema else None
+        self.progress = Progress()
+        self.out = Path(config.out)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep, a.is_main_process, a.wait_for_everyone)
+
+    # ---- running
+
+    def run(self) -> Path:
+        """Take every step that is left, and write the result; returns its folder."""
+        self._start_log()
+        ahead = self._batches()
+        config, progress = self.config, self.progress
+        bar = tqdm(
+            total=config.steps, initial=progress.step, desc=config.task, disable=not self.accelerator.is_main_process
+        )
+        began, seen, losses = time.monotonic(), 0, []
+        while progress.step < config.steps:
+            loss, norm = self.step(next(ahead))
+            losses.append(loss)
+            seen += config.batch
+            bar.update()
+            step = progress.step
+            if step % config.log_every == 0 or step == config.steps:
+                speed = seen / (time.monotonic() - began)
+                mean = float(torch.stack(losses).nanmean())
+                self._log(loss=mean, norm=norm, rate=optimisers.rate(config, step - 1), pictures_per_second=speed)
+                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} pictures/s")
+                losses = []
+            if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
+                self.validate()
+                began, seen = time.monotonic(), 0
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                self.save()
+        bar.close()
+        return self.finish()
+
+    def step(self, batch: Features) -> tuple[Tensor, float]:
+        """One optimiser step; → the loss and the gradient's length before it was clipped. After an out-of-memory
+        error the micro-batch is halved and the step taken again; a gradient that is not finite changes nothing."""
+        config, progress, a = self.config, self.progress, self.accelerator
+        torch.manual_seed(_fold(config.seed, progress.step, a.process_index))
+        for group in self.optimiser.param_groups:
+            group["lr"] = optimisers.rate(config, progress.step)
+        batch = {name: value.to(a.device, non_blocking=True) for name, value in batch.items()}
+        loss = self.gradients(batch)
+        norm = float(a.clip_grad_norm_(self.parameters, config.clip_norm))
+        # A scaler leaves steps out by itself while it looks for its scale; there only the loss tells.
+        whole = math.isfinite(norm) if a.scaler is None else bool(a.reduce(loss, "mean").isfinite())
+        if whole or a.scaler is not None:
+            self.optimiser.step()
+        if whole:
+            progress.bad = 0
+            if self.average is not None:
+                self.average.update(progress.step)
+        else:
+            progress.bad += 1
+            progress.skipped += 1
+            log.warning("step %d: the gradient is not finite; the step is left out", progress.step)
+        self.optimiser.zero_grad(set_to_none=True)
+        progress.step += 1
+        if progress.bad >= PATIENCE:
+            last = self.checkpoints.newest()
+            back = (
+                f"the last good checkpoint is {self.checkpoints.path(last)}" if last else "there is no checkpoint yet"
+            )
+            raise MahlstickError(
+                f"step {progress.step}: {PATIENCE} steps in a row without a finite gradient; {back}: "
+                "go on from it with a smaller rate, or precision = 'no'"
+            )
+        return loss, norm
+
+    def gradients(self, batch: Features) -> Tensor:
+        """Gradients of the mean loss over this process's rows, micro-batch by micro-batch; → that loss."""
+        while True:
+            try:
+                return self._accumulate(batch)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.micro == 1 or self.task.whole_batch:
+                    raise
+                if self.accelerator.num_processes > 1:
+                    raise MahlstickError(
+                        f"out of memory with {self.micro} pictures at once; give --micro-batch {self.micro // 2}"
+                    ) from error
+            self.optimiser.zero_grad(set_to_none=True)
+            self.micro = max(1, self.micro // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            log.warning("out of memory: from here on %d pictures at once, gradients accumulated", self.micro)
+
+    def _accumulate(self, batch: Features) -> Tensor:
+        parts = list(zip(*(value.split(self.micro) for value in batch.values()), strict=True))
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, values in enumerate(parts):
+            last = i == len(parts) - 1
+            alone: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(self.model)
+            with alone:
+                with self.accelerator.autocast():
+                    losses = self.model(dict(zip(batch, values, strict=True)))
+                loss = losses.float().sum() / self.share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _batches(self) -> Iterator[Features]:
+        """The rows of this step and all that follow, read ahead by workers where the config has any."""
+        steps = range(self.progress.step, self.config.steps)
+        loader: Any = torch.utils.data.DataLoader(
+            self.rows, batch_size=None, sampler=steps, num_workers=self.config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )  # fmt: skip
+        return iter(loader)
+
+    # ---- knowing
+
+    def validate(self) -> None:
+        """Loss on the held-out examples with draws that never change, the task's own figures, and a picture grid."""
+        if not self.held_out or not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return
+        with self._learned(), torch.no_grad():
+            figures = {"held_out_loss": self._held_out_loss()}
+            self.task.to_encode(self.accelerator.device)
+            more, rows = self.task.sample(self.held_out[:SAMPLES])
+            self.task.to_learn(self.accelerator.device, self.dtype)
+        if rows:
+            save_grid(rows, self.out / "samples" / f"step-{self.progress.step:08d}.png")
+        score = more.pop(SCORE, -figures["held_out_loss"])
+        if score > self.progress.best.get("score", -math.inf):
+            self.progress.best = {"score": score, "step": self.progress.step}
+        self._log(**figures, **more)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _learned(self) -> Iterator[None]:
+        """The weights inside are those that would be saved: the average, or the schedule-free optimiser's."""
+        free = self.optimiser.optimizer if self.config.optimiser == "schedule-free" else None
+        self.task.eval()
+        if free is not None:
+            free.eval()
+        with self.average.applied() if self.average is not None else nullcontext():
+            yield
+        if free is not None:
+            free.train()
+        self.task.train()
+
+    def _held_out_loss(self) -> float:
+        config, losses = self.config, []
+        for i, example in enumerate(self.held_out):
+            row = self.task.draw(self.cache[example.digest()], generator(config.seed, i, "held out"))
+            row["u"] = torch.tensor((i + 0.5) / len(self.held_out))
+            batch = {name: value[None].to(self.accelerator.device) for name, value in row.items()}
+            with self.accelerator.autocast():
+                losses.append(float(self.task(batch).mean()))
+        return sum(losses) / len(losses)
+
+    # ---- keeping
+
+    def save(self) -> None:
+        """A checkpoint of this step."""
+        best = self.progress.best.get("step")
+        self.checkpoints.write(self.progress.step, self._write_state, protected=None if best is None else int(best))
+
+    def _write_state(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        self.accelerator.save_state(str(folder))
+        if not self.accelerator.is_main_process:
+            return
+        if self.average is not None:
+            save_file({k: v.contiguous() for k, v in self.average.state_dict().items()}, folder / AVERAGE)
+        (folder / PROGRESS).write_text(json.dumps(asdict(self.progress) | {"micro": self.micro}))
+
+    def resume(self) -> None:
+        """Go back to the newest whole checkpoint, if there is one."""
+        from safetensors.torch import load_file
+
+        step = self.checkpoints.newest()
+        if step is None:
+            return
+        folder = self.checkpoints.path(step)
+        self.accelerator.load_state(str(folder))
+        known = json.loads((folder / PROGRESS).read_text())
+        self.micro = min(self.micro, known.pop("micro"))
+        self.progress = Progress(**known)
+        if self.average is not None:
+            self.average.load_state_dict(load_file(folder / AVERAGE))
+        log.info("goes on from step %d", step)
+
+    def finish(self) -> Path:
+        """Write the result, whole or not at all."""
+        if self.accelerator.is_main_process:
+            beside = self.out / ".result"
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            with self._learned():
+                self.task.save(beside)
+            for path in sorted(beside.iterdir()):
+                target = self.out / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                path.replace(target)
+            beside.rmdir()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.out
+
+    # ---- telling
+
+    def _start_log(self) -> None:
+        """Keep of an earlier log what happened before this step."""
+        if not self.accelerator.is_main_process:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.progress.step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if self.config.tracker != "none":
+            self.accelerator.init_trackers("mahlstick", config=json.loads(self.config.to_json()))
+
+    def _log(self, **values: float) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.progress.step, **values}) + "\n")
+        self.accelerator.log(values, step=self.progress.step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut off
+        return math.inf
+
+
+def _fold(*key: int) -> int:
+    """One seed from several numbers, for what draws from torch's own state (dropout)."""
+    return int(torch.randint(2**62, (), generator=generator(*key, "torch")))
+
+
+def bucket(cache: FeatureCache, digest: str) -> tuple[Any, ...]:
+    """What two examples must share to lie in one batch: the shapes of what is cached, whatever the captions' number."""
+    shapes = cache.shapes(digest)
+    return tuple(sorted((name, tuple(shape)) for name, shape in shapes.items() if "." not in name))
+
+
+def new_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's view of this process, for one run: an earlier run's precision must not stick."""
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision=config.precision,
+        dynamo_backend="inductor" if config.compile else None,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.out,
+    )
+
+
+def check_processes(config: TrainConfig, task: Task, accelerator: Accelerator) -> None:
+    """Raise ``MahlstickError`` where the config does not go with the number or kind of processes."""
+    if config.batch % accelerator.num_processes:
+        raise MahlstickError(
+            f"batch: {config.batch} pictures do not divide among {accelerator.num_processes} processes"
+        )
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded and config.ema:
+        raise MahlstickError("ema: is not kept under FSDP or DeepSpeed; leave it out, or train with DDP")
+    if task.whole_batch and config.micro_batch not in (None, config.batch // accelerator.num_processes):
+        raise MahlstickError(f"micro_batch: {config.task} compares all pictures of a batch; leave micro_batch out")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is a device's or the machine's lack of memory."""
+    words = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in words or "can't allocate" in words
+    )
+
+
+def save_grid(rows: Sequence[Sequence[Image.Image]], path: Path) -> None:
+    """Rows of pictures of any sizes as one PNG."""
+    width, height = (max(getattr(p, side) for row in rows for p in row) for side in ("width", "height"))
+    sheet = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * width, y * height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
