@@ -44,6 +44,7 @@ class Case:
 
 _PIPELINES = {
     ("sd", "text"): ("StableDiffusionPipeline", "StableDiffusionControlNetPipeline"),
+    ("sd", "pag"): ("StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"),
     ("sd", "img2img"): ("StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
     ("sd", "inpaint"): ("StableDiffusionInpaintPipeline", "StableDiffusionControlNetInpaintPipeline"),
     ("sdxl", "text"): ("StableDiffusionXLPipeline", "StableDiffusionXLControlNetPipeline"),
@@ -73,13 +74,18 @@ def call(task: str, batch: int = 1, **more: Any) -> dict[str, Any]:
         "width": tiny.SIZE,
         "output_type": "np",
     }
-    if task != "text":
+    if task in ("img2img", "inpaint"):
         arguments |= {"image": tiny.picture(7), "strength": 0.7}
     if task == "img2img":
         del arguments["height"], arguments["width"]
     if task == "inpaint":
         arguments |= {"mask_image": tiny.half_mask()}
     return arguments | more
+
+
+def control_argument(task: str) -> str:
+    """What diffusers' ControlNet pipelines call the control picture."""
+    return "control_image" if task in ("img2img", "inpaint") else "image"
 
 
 def run(pipe: Any, arguments: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -120,7 +126,7 @@ def control(
     with ms.attach(stock, *units):
         attached = run(stock, arguments)
     pictures: Any = images if nets > 1 else images[0]
-    given = {"image" if task == "text" else "control_image": pictures}
+    given = {control_argument(task): pictures}
     given["controlnet_conditioning_scale"] = [0.8] * nets if nets > 1 else 0.8
     return distance(attached, run(theirs, arguments | given | (reference or {})), plain)
 
@@ -154,10 +160,7 @@ def image_prompt(
     theirs.set_ip_adapter_scale(scale if set_scale is None else set_scale)
     given = {"ip_adapter_image": [images] if references > 1 else images[0], **(reference or {})}
     if nets:
-        given |= {
-            "image" if task == "text" else "control_image": tiny.picture(20),
-            "controlnet_conditioning_scale": 1.0,
-        }
+        given |= {control_argument(task): tiny.picture(20), "controlnet_conditioning_scale": 1.0}
     return distance(attached, run(theirs, arguments | given), plain)
 
 
@@ -253,6 +256,7 @@ def _control_cases() -> Iterator[Case]:
     yield case("BGR channel order", "sd1", "text", net_config={"controlnet_conditioning_channel_order": "bgr"})
     yield case("two prompts", "sd1", "text", batch=2)
     yield case("two pictures a prompt", "sdxl", "text", num_images_per_prompt=2)
+    yield case("perturbed-attention guidance", "sd1", "pag")
     yield case("9-channel inpainting UNet", "sd1", "inpaint", unet={"in_channels": 9})
 
 
@@ -280,6 +284,7 @@ def _image_prompt_cases() -> Iterator[Case]:
     yield case("without guidance", "sd1", guidance_scale=1.0)
     style = {"up": {"block_0": [0.0, 0.7, 0.0]}}
     yield case("style blocks", "sdxl", unit={"blocks": "style"}, set_scale=style)
+    yield case("perturbed-attention guidance", "sd1", "pag")
     yield case("with a ControlNet", "sd1", nets=1)
     yield case("with a ControlNet, SDXL img2img", "sdxl", "img2img", nets=1)
 
