@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mahlstick.training.data import read_dataset
 from mahlstick.training.embedded import __main__ as command
 from mahlstick.training.embedded import data, evaluate, models, train
 
@@ -125,6 +126,15 @@ def pictures() -> data.Pictures:
     return data.Pictures(torch.stack(rgba), torch.tensor(concept), torch.tensor(style), concepts)
 
 
+def test_pictures_are_written_as_folders_to_train_on(pictures, tmp_path):
+    data.export(pictures, tmp_path, copies=2)
+    learned, unseen = (read_dataset(tmp_path / name) for name in ("learn", "unseen"))
+    assert len(learned) == 5 * 3 and len(unseen) == 1
+    assert unseen[0].captions == ("unseen thing",)
+    assert not {e.captions for e in unseen} & {e.captions for e in learned}
+    assert all(e.load().size == (64, 64) for e in [*learned, *unseen])
+
+
 def tiny(cache: Path, steps: int = 2) -> train.Run:
     return train.Run(cache=cache, minutes=10, steps=steps, batch=2, size="tiny")
 
@@ -137,7 +147,7 @@ def test_every_stage_trains_resumes_assembles_and_is_measured(pictures, tmp_path
         ("clip", train.train_clip),
         ("text-layout", train.train_layout),
         ("base", train.train_base),
-        ("controlnet", lambda p, r: train.train_controlnet(p, r, copies=1)),
+        ("controlnet", train.train_controlnet),
         ("ip-adapter", train.train_ip_adapter),
     ]
     for name, stage in stages:

@@ -10,6 +10,7 @@ from pathlib import Path
 # stage → (what it does, minutes on two slow cores, batch, learning rate, decay of the average)
 STAGES: dict[str, tuple[str, float, int, float, float]] = {
     "data": ("fetch the packages with npm and draw the pictures", 0, 0, 0, 0),
+    "pictures": ("write them into CACHE/pictures, as folders to train on and to evaluate with", 0, 0, 0, 0),
     "vae": ("pictures <-> latents", 15, 8, 1e-3, 0.99),
     "clip": ("text and image towers, contrastively", 6, 128, 1e-3, 0.98),
     "text": ("teach the text encoder where things are in a picture", 5, 64, 1e-3, 0.99),
@@ -88,6 +89,8 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
         logging.info(
             "%d concepts to train on, %d held out, %d pictures", *data.split_counts(pictures), len(pictures.rgba)
         )
+    elif stage == "pictures":
+        data.export(pictures, args.cache / "pictures")
     elif stage == "examples":
         from mahlstick.training.embedded import examples
 

@@ -400,3 +400,25 @@ def split_counts(pictures: Pictures) -> tuple[int, int]:
     """How many concepts are trained on, and how many are held out."""
     held = sum(c.held_out for c in pictures.concepts)
     return len(pictures.concepts) - held, held
+
+
+def export(pictures: Pictures, folder: Path, copies: int = 8) -> None:
+    """Write the 3D pictures as folders that ``mahlstick train`` and ``mahlstick evaluate`` read.
+
+    ``folder/learn``: each concept as it is and ``copies`` of it warped, one in four recoloured. ``folder/unseen``: the
+    held-out concepts as they are.
+    """
+    rng = random.Random(SEED)
+    for name, held_out, count in (("learn", False, copies), ("unseen", True, 0)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i in tqdm(pictures.of("3d", held_out=held_out).tolist(), desc=name):
+            concept = pictures.concepts[int(pictures.concept[i])]
+            for copy in range(count + 1):
+                rgba = warp(pictures.rgba[i], rng) if copy else pictures.rgba[i]
+                colour = rng.choice(list(COLOURS)) if copy and rng.random() < 0.25 else None
+                rgba = recolour(rgba[None], colour)[0] if colour else rgba
+                file = f"{concept.code}-{copy}.png"
+                Image.fromarray(to_uint8(on_white(rgba[None])[0])).save(folder / name / file)
+                rows.append({"file_name": file, "text": caption(concept, rng, colour) if count else concept.label})
+        (folder / name / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

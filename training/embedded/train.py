@@ -29,6 +29,9 @@ from mahlstick.training.embedded import data, models
 
 log = logging.getLogger(__name__)
 
+MOVED = 0.5  # share of a base's batch that is warped: without, the UNet knows its pictures by heart and draws no other
+MOVED_EMPTY = 0.5  # share of empty captions among these: the words stand for the picture as it is
+COPIES = 12  # warped copies of each picture
 EMPTY = 0.12  # share of empty captions when the base is trained, for classifier-free guidance
 MIN_SNR = 5.0  # γ of 2303.09556
 LESSON = 0.03  # weight of Reading's loss
@@ -541,16 +544,20 @@ def train_base(pictures: data.Pictures, run: Run) -> None:
     unet, noise = models.make_unet(run.size), Noise(run.device)
     reading = Reading(unet)
     latents = Latents(**kept(run, "latents.pt", lambda: vars(base_latents(pictures, vae))))
-    latents.z = latents.z.to(run.device)
+    drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae, COPIES, run.seed))))
 
-    def loss_of(rng: random.Random) -> Tensor:
-        index = latents.draw(run.batch, rng)
-        words = [
-            "" if rng.random() < EMPTY else data.caption(pictures.concepts[latents.concept[i]], rng, latents.colour[i])
+    def captions(of: Latents | Drawings, index: list[int], empty: float, rng: random.Random) -> list[str]:
+        return [
+            "" if rng.random() < empty else data.caption(pictures.concepts[of.concept[i]], rng, of.colour[i])
             for i in index
         ]
-        t = noise.times(len(index))
-        noised, v = noise.add(latents.z[index], t)
+
+    def loss_of(rng: random.Random) -> Tensor:
+        moved = [rng.randrange(len(drawn.concept)) for _ in range(int(run.batch * MOVED))]
+        index = latents.draw(run.batch - len(moved), rng)
+        words = captions(latents, index, EMPTY, rng) + captions(drawn, moved, MOVED_EMPTY, rng)
+        t = noise.times(run.batch)
+        noised, v = noise.add(torch.cat([latents.z[index], drawn.z[moved]]).to(run.device), t)
         context = text(models.encode(tokenizer, words).to(run.device)).last_hidden_state
         return noise.loss(unet(noised, t, context).sample, v, t) + LESSON * reading.loss()
 
@@ -604,7 +611,7 @@ def drawings(pictures: data.Pictures, vae: AutoencoderKL, copies: int, seed: int
     return Drawings(stacked, z, concept, colours)
 
 
-def train_controlnet(pictures: data.Pictures, run: Run, copies: int = 12) -> None:
+def train_controlnet(pictures: data.Pictures, run: Run) -> None:
     """Train the line-art ControlNet on the frozen base (2302.05543), half the prompts dropped: ``cache/controlnet``.
 
     The loss is the plain one on v: min-SNR would weigh down exactly the noisy steps in which the drawing decides.
@@ -613,7 +620,7 @@ def train_controlnet(pictures: data.Pictures, run: Run, copies: int = 12) -> Non
     unet, text, vae = load_base(run)
     controlnet, noise = models.make_controlnet(unet, run.size), Noise(run.device)
     controlnet.requires_grad_(True)
-    drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae.cpu(), copies, run.seed))))
+    drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae.cpu(), COPIES, run.seed))))
     drawn.z = drawn.z.to(run.device)
 
     def loss_of(rng: random.Random) -> Tensor:
