@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -293,6 +294,39 @@ def test_validation_writes_figures_and_a_grid(pictures: Path, tmp_path: Path) ->
     assert "edge_f1" in card and "held_out_loss" in card
     known = json.loads((out / "training.json").read_text())
     assert known["config"]["annotator"] == "canny" and "torch" in known["versions"]
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "complaint"),
+    [
+        ("controlnet", {"resolution": tiny.SIZE + 4}, "resolution"),
+        ("vae", {"resolution": tiny.SIZE + 1}, "resolution"),
+        ("lora", {"prediction": "v_prediction"}, "prediction"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_base_are_refused(
+    task: str, fields: dict[str, Any], complaint: str, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ms.MahlstickError, match=f"^{complaint}: "):
+        train(config(task, pictures, tmp_path / "out", **fields), pipe())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_taught_another_prediction_comes_with_its_scheduler(pictures: Path, tmp_path: Path) -> None:
+    out = train(config("base", pictures, tmp_path / "out", steps=1, prediction="v_prediction"), pipe())
+    assert DDPMScheduler.from_pretrained(out / "scheduler").config.prediction_type == "v_prediction"
+
+
+def test_an_unreadable_picture_is_skipped_and_counted(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    (folder / "9.png").symlink_to(tmp_path / "missing.png")
+    (folder / "9.txt").write_text("gone")
+    (folder / "8.png").write_bytes(b"no picture")
+    (folder / "8.txt").write_text("broken")
+    for _ in range(2):  # the second run goes on with the same data
+        out = train(config("vae", folder, tmp_path / "out", steps=1), pipe())
+    assert "2 could not be read" in (out / "README.md").read_text()
 
 
 def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path) -> None:

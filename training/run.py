@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:
-    """What a dataset holds, as a short text."""
-    return hashlib.sha256(json.dumps([example.digest() for example in examples]).encode()).hexdigest()[:16]
+    """What can be read of a dataset, as a short text."""
+    digests = []
+    for example in examples:
+        with suppress(MahlstickError):  # reported and skipped where it is encoded
+            digests.append(example.digest())
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
 def facts(config: TrainConfig, examples: Sequence[Example]) -> dict[str, Any]:

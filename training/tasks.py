@@ -27,7 +27,7 @@ from mahlstick.pipelines.units import Control, ImagePrompt, Unit
 from mahlstick.training import data, metrics
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example
-from mahlstick.training.objective import Objective
+from mahlstick.training.objective import Objective, prediction_of
 
 Features = dict[str, Tensor]
 
@@ -102,19 +102,36 @@ class DiffusionTask(Task):
 
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
         super().__init__(config, pipe)
+        self.check_prediction()
         self.objective = Objective(self.pipe.scheduler, config.prediction, config.min_snr)
         dropout = config.text_dropout
         self.text_dropout = TEXT_DROPOUT[config.task] if dropout is None else dropout
         self.resolution = config.resolution or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         step = self.pipe.vae_scale_factor * 2 ** (len(self.pipe.unet.config.block_out_channels) - 1)
+        check_resolution(self.resolution, step)
         square = [(self.resolution, self.resolution)]
         self.buckets = data.bucket_sizes(self.resolution, step=step) if config.buckets else square
         self.frozen = {name: module for name, module in self.pipe.components.items() if isinstance(module, nn.Module)}
         self.empty = self._text([""])[0]
 
+    def check_prediction(self) -> None:
+        """Raise ``MahlstickError`` where the config asks a frozen UNet for what it was not taught."""
+        asked, known = self.config.prediction, prediction_of(self.pipe.scheduler)
+        if asked not in (None, known):
+            raise MahlstickError(
+                f"prediction: {self.config.base} predicts {known}, and stays as it is; leave {asked} out"
+            )
+
     def settings(self) -> dict[str, Any]:
-        encoders = {name: fingerprint(module) for name, module in self.frozen.items() if name.startswith("text_enc")}
-        return {"resolution": self.resolution, "buckets": self.buckets, "vae": fingerprint(self.pipe.vae), **encoders}
+        vae = self.pipe.vae
+        found: dict[str, Any] = {"resolution": self.resolution, "buckets": self.buckets, "vae": fingerprint(vae)}
+        found["scaling"] = vae.config.scaling_factor, vae.config.shift_factor
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_enc") and part is not None:
+                found[name] = fingerprint(part)
+            elif name.startswith("tokenizer") and part is not None:
+                found[name] = vocabulary(part)
+        return found
 
     @torch.no_grad()
     def encode(self, examples: Sequence[Example]) -> list[Features]:
@@ -275,14 +292,14 @@ class IPAdapterTask(DiffusionTask):
 
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
         super().__init__(config, pipe)
-        self.pooled = config.projector == "linear"
-        encoder, processor = self._encoder()
+        encoder, self.processor = self._encoder()
         if config.start is not None:
             self.adapter = IPAdapter.from_pretrained(config.start, dtype=torch.float32)
         else:
-            width = encoder.config.projection_dim if self.pooled else encoder.config.hidden_size
+            pooled = config.projector == "linear"
+            width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
             self.adapter = IPAdapter.from_unet(self.pipe.unet, config.projector, config.tokens, width)
-        self.adapter.use_encoder(encoder, processor)
+        self.adapter.use_encoder(encoder, self.processor)
         self.adapter.requires_grad_(True)
         self.frozen["image_encoder"] = encoder
         self.nothing = self.adapter.features([Image.new("RGB", (8, 8))])[1][0].float()
@@ -297,7 +314,10 @@ class IPAdapterTask(DiffusionTask):
         return self.pipe.image_encoder, getattr(self.pipe, "feature_extractor", None)
 
     def settings(self) -> dict[str, Any]:
-        return super().settings() | {"image": fingerprint(self.frozen["image_encoder"]), "pooled": self.pooled}
+        processor = self.processor.to_dict() if self.processor is not None else None
+        pooled = self.adapter.image_proj.pooled
+        return super().settings() | {"image": fingerprint(self.frozen["image_encoder"]), "processor": processor,
+                                     "pooled": pooled}  # fmt: skip
 
     def _extra(self, example: Example, fitted: Image.Image) -> Features:
         return {"image": self.adapter.features([self._reference(example, fitted)])[0][0].float().cpu()}
@@ -353,11 +373,18 @@ class BaseTask(DiffusionTask):
         if config.gradient_checkpointing:
             self.trained.enable_gradient_checkpointing()
 
+    def check_prediction(self) -> None:
+        """It may be taught to predict something else."""
+
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
         return cast(Tensor, self.trained(noised, t, **arguments).sample)
 
     def save(self, folder: Path) -> None:
         self.trained.save_pretrained(folder)
+        scheduler = self.pipe.scheduler
+        if self.objective.prediction != prediction_of(scheduler):
+            scheduler = type(scheduler).from_config(scheduler.config, prediction_type=self.objective.prediction)
+        scheduler.save_pretrained(folder / "scheduler")
 
 
 class LoraTask(DiffusionTask):
@@ -413,6 +440,7 @@ class VAETask(Task):
             vae = type(vae).from_pretrained(config.start)
         self.vae = vae.float().train().requires_grad_(True)
         self.resolution = config.resolution or int(vae.config.sample_size)
+        check_resolution(self.resolution, 2 ** (len(vae.config.block_out_channels) - 1))
 
     def settings(self) -> dict[str, Any]:
         return {"pixels": self.resolution}
@@ -458,9 +486,9 @@ class CLIPTask(Task):
         self.log_scale = nn.Parameter(torch.tensor(2.6593))  # ln(1/0.07)
 
     def settings(self) -> dict[str, Any]:
-        tokenizer = self.pipe.tokenizer
-        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-        return {"clip": int(self.image.config.image_size), "vocabulary": vocabulary}
+        processor = self.pipe.feature_extractor.to_dict()
+        return {"clip": int(self.image.config.image_size), "processor": processor,
+                "tokenizer": vocabulary(self.pipe.tokenizer)}  # fmt: skip
 
     def encode(self, examples: Sequence[Example]) -> list[Features]:
         pipe = self.pipe
@@ -505,6 +533,19 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
+def vocabulary(tokenizer: Any) -> str:
+    """A tokenizer's words and their numbers as a short text."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def check_resolution(resolution: int, step: int) -> None:
+    """Raise ``MahlstickError`` for a side that the base's nets cannot halve as often as they do."""
+    if resolution % step:
+        below = resolution // step * step
+        near = " or ".join(str(side) for side in (below, below + step) if side)
+        raise MahlstickError(f"resolution: {resolution} is no multiple of {step}, which this base needs; give {near}")
+
+
 def cast_to(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """``module.to``, without the dtype where it is the same: diffusers warns of every cast."""
     return module.to(device) if module.dtype == dtype else module.to(device, dtype)
@@ -515,7 +556,7 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
