@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,11 @@ class TrainConfig(Spec):
     data: str = Field(description="folder of pictures with captions, a Hugging Face dataset folder, or .tar shards")
     out: str = Field(description="folder of the result, its checkpoints and its log")
     base: str = Field("embedded", description="'embedded', a diffusers folder, a hub id or a .safetensors file")
-    start: str | None = Field(None, description="weights to go on from, instead of fresh ones")
+    start: str | None = Field(
+        None,
+        description="weights to go on from, instead of fresh ones; base, vae and clip go on from the base, or"
+        " from 'scratch'",
+    )
 
     control: str | None = Field(None, description="folder of control pictures, named like the pictures")
     annotator: str | None = Field(
@@ -75,7 +80,7 @@ class TrainConfig(Spec):
         " given")  # fmt: skip
     image_dropout: float = Field(0.05, ge=0, le=1, description="share of references left out (ip-adapter)")
 
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="of the arithmetic; weights stay float32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay float32")
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     compile: bool = Field(False, description="torch.compile, which pays off after some hundred steps")
     workers: int = Field(0, ge=0, le=64, description="processes that read the cache ahead")
@@ -126,6 +131,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return fields
 
 
+# Where `--help` starts a group, and its title.
+GROUPS = {
+    "data": "what from, and where to",
+    "start": "what is learned",
+    "resolution": "pictures",
+    "steps": "learning",
+    "prediction": "loss",
+    "precision": "speed and memory",
+    "checkpoint_every": "keeping and telling",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose complaints are ours."""
 
@@ -137,6 +154,7 @@ def parser(program: str = "mahlstick train") -> argparse.ArgumentParser:
     """A flag for each field of :class:`TrainConfig`, with the field's own description and default."""
     flags = _Parser(
         prog=program,
+        usage=f"{program} TASK --data FOLDER --out FOLDER [options]",
         description="Teach an adapter from your own pictures. A run that was stopped goes on when the command is"
         " given again.",
         epilog="Example: mahlstick train controlnet --data my_pictures --annotator canny --out my_net --steps 2000",
@@ -145,11 +163,15 @@ def parser(program: str = "mahlstick train") -> argparse.ArgumentParser:
     )
     flags.add_argument("task", nargs="?", default=None, choices=get_args(TaskName), help="what is learned")
     flags.add_argument("--config", metavar="FILE", help="TOML or YAML with the same fields; flags win over it")
+    group: Any = flags
     for name, field in TrainConfig.model_fields.items():
         if name == "task":
             continue
-        shown = f" (default {field.default})" if field.default not in (None, "", {}) and not field.is_required() else ""
-        flags.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description}{shown}", **_how(field.annotation))
+        if name in GROUPS:
+            group = flags.add_argument_group(GROUPS[name])
+        shown = f" (default {field.default})" if field.default not in (None, "", {}) else ""
+        shown = " (required)" if field.is_required() else shown
+        group.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description}{shown}", **_how(field.annotation))
     return flags
 
 
@@ -166,6 +188,13 @@ def _how(annotation: Any) -> dict[str, Any]:
     return {"metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
 
 
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def from_flags(arguments: Sequence[str]) -> TrainConfig:
     """The run that a command line asks for. Raises ``MahlstickError`` for what is wrong with it."""
     given = vars(parser().parse_args(list(arguments)))
@@ -174,7 +203,7 @@ def from_flags(arguments: Sequence[str]) -> TrainConfig:
     if any(not equals for _, equals, _ in pairs):
         raise MahlstickError("--annotator-options: give NAME=VALUE, e.g. low=80")
     if pairs:
-        given["annotator_options"] = {name: value for name, _, value in pairs}
+        given["annotator_options"] = {name: _value(text) for name, _, text in pairs}
     fields |= {name: value for name, value in given.items() if value is not None}
     if "task" not in fields:
         raise MahlstickError(f"train: say what is learned: {', '.join(get_args(TaskName))}")

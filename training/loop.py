@@ -90,7 +90,7 @@ class Loop:
         self.accelerator = a = accelerator
         check_processes(config, task, a)
         self.task, self.cache, self.held_out = task, cache, list(held_out)
-        self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         task.to_learn(a.device, self.dtype)
         digests = [example.digest() for example in train]
         plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
@@ -167,7 +167,7 @@ class Loop:
             )
             raise MahlstickError(
                 f"step {progress.step}: {PATIENCE} steps in a row without a finite gradient; {back}: "
-                "go on from it with a smaller rate, or precision = 'no'"
+                "go on from it with a smaller rate, or precision = 'fp32'"
             )
         return loss, norm
 
@@ -350,7 +350,7 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's view of this process, for one run: an earlier run's precision must not stick."""
     AcceleratorState._reset_state()
     return Accelerator(
-        mixed_precision=config.precision,
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
         dynamo_backend="inductor" if config.compile else None,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.out,
