@@ -251,8 +251,7 @@ class Painter:
     adapter: Any = None
 
     @classmethod
-    def load(cls, config: EvaluateConfig, device: str | None, dtype: str | None) -> Self:
-        loader = Loader()
+    def load(cls, config: EvaluateConfig, loader: Loader, device: str | None, dtype: str | None) -> Self:
         pipe = loader.pipeline(config.base, device=device, dtype=dtype, config=config.base_config)
 
         def load(source: str | None, encoder: str | None = None) -> Any:
@@ -420,16 +419,21 @@ def choose_judge(config: EvaluateConfig, pipe: Any) -> tuple[metrics.ClipJudge |
 
 
 def evaluate(
-    config: EvaluateConfig, *, device: str | None = None, dtype: str | None = None, progress: bool = True
+    config: EvaluateConfig,
+    *,
+    loader: Loader | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Make the pictures that are not there yet, measure all, and write the report into ``config.out``.
 
-    ``device`` and ``dtype`` are `load_pipeline`'s. Raises ``MahlstickError``, before a picture is made, for data,
-    adapters and models that do not do.
+    ``loader`` keeps the base and the adapters between calls; ``device`` and ``dtype`` are `load_pipeline`'s. Raises
+    ``MahlstickError``, before a picture is made, for data, adapters and models that do not do.
     """
     examples = choose_examples(config)
     _check(config, examples)
-    painter = Painter.load(config, device, dtype)
+    painter = Painter.load(config, loader or Loader(), device, dtype)
     judge, notes = choose_judge(config, painter.pipe)
     network = metrics.feature_network(config.fid, str(painter.pipe.device)) if config.fid else None
     cases = painter.cases(examples, progress)
@@ -533,8 +537,8 @@ def _markdown(evaluation: Evaluation) -> str:
 {chr(10).join(f"| {' | '.join(row)} |" for row in table)}
 
 In brackets: where the mean of other pictures of this kind would lie, 95 % (bootstrap). The difference is taken picture
-by picture, and unclear where its interval holds zero. An arrow shows where
-a measure is better, the true pictures how far it goes.
+by picture, and unclear where its interval holds zero. An arrow shows where a measure is better, the true pictures how
+far it goes.
 
 {notes}
 ![Without and with {units}, and the true pictures](contact_sheet.png)
