@@ -504,12 +504,12 @@ def evaluate(
 
       mahlstick evaluate --data held_out --control canny=my_net
 
-      mahlstick evaluate --data held_out --control canny=my_net:0.8 -o low=50 -o high=150 --judge path/to/clip
+      mahlstick evaluate --data held_out --control canny=my_net:0.8 -o low=50
 
-      mahlstick evaluate --data held_out --image-prompt my_ip/ip_adapter.safetensors --references refs --count 100
+      mahlstick evaluate --data held_out --image-prompt my_ip --judge my_clip
 
     The folder of the report holds report.md, contact_sheet.png, figures.json, report.jsonl and all pictures. Given
-    again, the command goes on where it stopped.
+    again, the command goes on where it stopped. docs/evaluate.md says how to read it.
     """
     if pictures is None:
         raise MahlstickError("--data is missing; give a folder of pictures, e.g. --data held_out")
