@@ -269,18 +269,17 @@ class Painter:
     def cases(self, examples: Sequence[Example], progress: bool = False) -> list[Case]:
         """Example i with seed + i and its files; reads every picture once, so that a broken one shows at the start."""
         config = self.config
-        columns = [TRUE, WITHOUT, WITH]
-        columns += ["control"] if config.control else []
-        columns += ["reference"] if config.image_prompt and examples[0].reference else []
+        parts: list[data.Part] = ["control"] if config.control else []
+        parts += ["reference"] if config.image_prompt and examples[0].reference else []
         settings = self._settings()
         found = []
         for i, example in enumerate(tqdm(examples, "read", disable=not progress, leave=False)):
-            for part in (column for column in columns if column in ("control", "reference")):
-                if getattr(example, part) is not None:
-                    example.load(cast(data.Part, part))
             example.load()
+            for part in parts:
+                if getattr(example, part) is not None:
+                    example.load(part)
             key = _digest([settings, example.digest(), config.seed + i])
-            files = {column: Path(config.out) / column / f"{i:05d}.png" for column in columns}
+            files = {column: Path(config.out) / column / f"{i:05d}.png" for column in (TRUE, WITHOUT, WITH, *parts)}
             found.append(Case(example, config.seed + i, key, files))
         return found
 
