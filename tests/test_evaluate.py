@@ -331,7 +331,7 @@ def test_the_command_on_the_embedded_model(
         (tmp_path / "data" / f"{name}.txt").write_text(name)
     monkeypatch.chdir(tmp_path)
     command = ["evaluate", "--data", "data", "--control", "lineart=lineart:0.9", "--image-prompt", "ip-adapter"]
-    command += ["-o", "sigma=1.5", "--steps", "2", "--out", "report", "--device", "cpu"]
+    command += ["-o", "sigma=1.5", "--steps", "4", "--out", "report", "--device", "cpu"]
     assert cli.main(command) == 0
     told = capsys.readouterr().out
     assert "edge F1 ↑" in told and "CLIP-T and recall are left out" in told and "report/report.md" in told
