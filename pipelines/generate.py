@@ -250,16 +250,23 @@ def _check_adapters(request: Request, config: Any) -> None:
         ("image_prompts", "ip_adapter", request.image_prompts),
     ):
         for i, spec in enumerate(specs):
-            if not isinstance(spec.adapter, str):
-                continue
-            info = formats.inspect(adapter_path(spec.adapter))
-            if info.kind != kind:
-                raise MahlstickError(f"{field}[{i}]: {spec.adapter} holds a {info.kind}; give a {kind}")
-            if config is not None:
-                try:
-                    formats.require_fit(kind, info.config, config)
-                except MahlstickError as error:
-                    raise MahlstickError(f"{spec.adapter}: {error}") from error
+            if isinstance(spec.adapter, str):
+                check_adapter(f"{field}[{i}]", kind, spec.adapter, config)
+
+
+def check_adapter(field: str, kind: str, source: str, unet_config: Any) -> None:
+    """Raises :class:`MahlstickError` where the weights are of another kind, or for another base than the UNet's.
+
+    ``unet_config`` is None where the UNet is not known yet.
+    """
+    info = formats.inspect(adapter_path(source))
+    if info.kind != kind:
+        raise MahlstickError(f"{field}: {source} holds a {info.kind}; give a {kind}")
+    if unet_config is not None:
+        try:
+            formats.require_fit(kind, info.config, unet_config)
+        except MahlstickError as error:
+            raise MahlstickError(f"{source}: {error}") from error
 
 
 def _resolve(request: Request, pipe: Any) -> Request:

@@ -65,7 +65,7 @@ def test_the_command_line_starts_without_torch() -> None:
 def test_help_shows_every_command_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     overview = capsys.readouterr().out
-    for command in ("demo", "generate", "annotate", "inspect", "convert", "replay"):
+    for command in ("demo", "generate", "annotate", "inspect", "convert", "replay", "evaluate"):
         assert f"\n  {command} " in overview
         assert run(command, "--help") == 0
         assert f"mahlstick {command} " in capsys.readouterr().out

@@ -169,16 +169,22 @@ def condition_error(annotator: str, control: PictureSource, result: PictureSourc
 
     Raises MahlstickError for an annotator of another family, and for pictures that differ in size.
     """
-    known = annotators.get(annotator)
-    if known.name not in _MEASURES:
-        raise MahlstickError(f"annotator {annotator!r} has no measure; one of these has: {', '.join(_MEASURES)}")
-    name, measure = _MEASURES[known.name]
+    known, name = annotators.get(annotator), measure_of(annotator)
+    measure = _MEASURES[known.name][1]
     wanted = pictures.load_picture(control, name="control")
     found = known(result, **options)
     if wanted.size != found.size:
         control_size, result_size = ("x".join(map(str, picture.size)) for picture in (wanted, found))
         raise MahlstickError(f"the control is {control_size} and the result {result_size}; bring both to one size")
     return name, measure(np.asarray(wanted), np.asarray(found))
+
+
+def measure_of(annotator: str) -> str:
+    """The name of the measure that `condition_error` takes. Raises MahlstickError for an annotator that has none."""
+    known = annotators.get(annotator)
+    if known.name not in _MEASURES:
+        raise MahlstickError(f"annotator {annotator!r} has no measure; one of these has: {', '.join(_MEASURES)}")
+    return _MEASURES[known.name][0]
 
 
 def _of_brightness(measure: Callable[[Array, Array], float]) -> Callable[[Array, Array], float]:

@@ -16,17 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mahlstick import annotators
 from mahlstick.adapters.controlnet import ControlNet
 from mahlstick.adapters.ip_adapter import IPAdapter, load_encoder
 from mahlstick.errors import MahlstickError
-from mahlstick.pipelines.attach import attach
-from mahlstick.pipelines.generate import EMBEDDED_GUIDANCE
 from mahlstick.pipelines.load import load_pipeline
 from mahlstick.pipelines.units import Control, ImagePrompt, Unit
 from mahlstick.training import data, metrics
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example
+from mahlstick.training.evaluate import control_of, draw, guidance_of
 from mahlstick.training.objective import Objective, prediction_of
 
 Features = dict[str, Tensor]
@@ -207,14 +205,9 @@ class DiffusionTask(Task):
 
     def _draw(self, example: Example | None, size: tuple[int, int], seed: int, unit: Unit) -> Image.Image:
         """A picture by the pipeline under a unit, with the example's first caption or without words."""
-        guidance = {"guidance_scale": EMBEDDED_GUIDANCE} if self.config.base == "embedded" else {}
-        self.pipe.set_progress_bar_config(disable=True)
-        with attach(self.pipe, unit):
-            made = self.pipe(
-                example.captions[0] if example is not None else "", width=size[0], height=size[1],
-                num_inference_steps=SAMPLE_STEPS, generator=torch.Generator().manual_seed(seed), **guidance,
-            )  # fmt: skip
-        return cast(Image.Image, made.images[0])
+        prompt = example.captions[0] if example is not None else ""
+        guidance = guidance_of(self.config.base)
+        return draw(self.pipe, [prompt], [seed], size, [unit], steps=SAMPLE_STEPS, guidance=guidance)[0]
 
     @abstractmethod
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
@@ -251,12 +244,7 @@ class ControlNetTask(DiffusionTask):
         return {"control": torch.from_numpy(np.array(self._control(example, fitted))).permute(2, 0, 1)}
 
     def _control(self, example: Example, fitted: Image.Image) -> Image.Image:
-        if example.control is not None:
-            picture = example.load()
-            return data.fit_control(example.load("control"), picture, fitted.size, f"control of {example.name!r}")
-        if self.config.annotator is None:
-            raise MahlstickError(f"{example.name!r} has no control picture; add it, or name an annotator")
-        return annotators.annotate(self.config.annotator, fitted, **self.config.annotator_options).convert("RGB")
+        return control_of(example, fitted, self.config.annotator, self.config.annotator_options)
 
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
         image = batch["control"].float() / 255

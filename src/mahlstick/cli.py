@@ -438,6 +438,131 @@ def train(context: typer.Context) -> None:
     typer.echo(f"\n{out} holds what was learned; {out}/README.md says how well.")
 
 
+@app.command()
+def evaluate(
+    pictures: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FOLDER", help="True pictures with captions that no training has seen."),
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ANNOTATOR=]NET[:SCALE]",
+            help="A ControlNet, and the annotator that draws its control pictures and looks for them in the results.",
+        ),
+    ] = None,
+    image_prompt: Annotated[
+        str | None, typer.Option(metavar="ADAPTER[:SCALE]", help="An IP-Adapter; 'ip-adapter' is the embedded one.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="'embedded', a diffusers folder, a hub id or a .safetensors file.")
+    ] = None,
+    base_config: Annotated[
+        str | None, typer.Option(help="Folder with the configs of a single-file base, where the hub is out of reach.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the annotator. May be repeated."),
+    ] = None,
+    control_pictures: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Control pictures, named like the pictures.")
+    ] = None,
+    references: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="References, named like the pictures; left out, the pictures themselves."),
+    ] = None,
+    image_encoder: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The vision model for --image-prompt, where the base brings none."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="CLIP", help="Folder or hub id of a CLIP; left out, the base's own image encoder."),
+    ] = None,
+    fid: Annotated[
+        str | None, typer.Option(metavar="NETWORK", help="Folder or hub id of a vision model to take FID over.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="How many of the pictures; left out, all.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels of a side; left out, the base's own.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures at once.  [default: 4]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 20]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely the prompt is followed; left out, as suits the base.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the pictures that --count leaves, and their noise.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="The report.  [default: evaluation]")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_output: Json = False,
+) -> None:
+    """Measure whether an adapter works.
+
+    Makes each picture of a folder again from its caption, without the adapter and with it, and compares both with the
+    true one: does the result keep the control, show the words, resemble the reference?
+
+    Examples:
+
+      mahlstick evaluate --data held_out --control canny=my_net
+
+      mahlstick evaluate --data held_out --control canny=my_net:0.8 -o low=50
+
+      mahlstick evaluate --data held_out --image-prompt my_ip --judge my_clip
+
+    The folder of the report holds report.md, contact_sheet.png, figures.json, report.jsonl and all pictures. Given
+    again, the command goes on where it stopped. docs/evaluate.md says how to read it.
+    """
+    if pictures is None:
+        raise MahlstickError("--data is missing; give a folder of pictures, e.g. --data held_out")
+    given = {
+        "data": pictures,
+        "base": base,
+        "base_config": base_config,
+        "annotator_options": dict(_option(text) for text in option or []),
+        "control_pictures": control_pictures,
+        "references": references,
+        "image_encoder": image_encoder,
+        "judge": judge,
+        "fid": fid,
+        "count": count,
+        "resolution": resolution,
+        "batch": batch,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "out": out,
+        **_evaluated("control", control),
+        **_evaluated("image_prompt", image_prompt),
+    }
+    from mahlstick.training.evaluate import EvaluateConfig
+    from mahlstick.training.evaluate import evaluate as measure
+
+    config = EvaluateConfig(**{name: value for name, value in given.items() if value is not None})
+    _quiet_libraries()
+    found = measure(config, device=device, dtype=dtype, progress=sys.stderr.isatty() and not json_output)
+    if json_output:
+        typer.echo(found.to_json())
+        return
+    table = found.table()
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        typer.echo("  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip())
+    typer.echo("".join(f"\n{note}" for note in found.notes))
+    typer.echo(f"\nLook at {found.report} and the contact sheet beside it.")
+
+
+def _evaluated(field: str, text: str | None) -> dict[str, Any]:
+    """``canny=net:0.8`` as the fields of a config; a file that exists under the whole text is the adapter."""
+    if text is None:
+        return {}
+    whole = _picture_and_scale(text)
+    annotator, equals, rest = text.partition("=")
+    if field == "control" and equals and not os.path.exists(whole["picture"]):
+        if not (annotator and rest):
+            raise MahlstickError(f"--control {text}: give ANNOTATOR=NET, e.g. canny=my_net:0.8")
+        return {"annotator": annotator, **_evaluated(field, rest)}
+    return {field: whole["picture"], f"{field}_scale": whole.get("scale")}
+
+
 def _quiet_libraries() -> None:
     """Loading bars and advice of the libraries below are no news to a person at the shell."""
     from diffusers.utils import logging as diffusers_logging

@@ -1,0 +1,550 @@
+"""Whether an adapter works: pictures made with it and without it, from the same words and seeds, and both measured.
+
+    from mahlstick.training.evaluate import EvaluateConfig, evaluate
+
+    found = evaluate(EvaluateConfig(data="held_out", control="my_net", annotator="canny", out="report"))
+    found.figures["edge_f1"]["with"].value  # 0.68
+
+The pictures stay in the report's folder, each with a key of all that made it, so that a run that was stopped goes on
+and a changed setting makes them anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from mahlstick import annotators
+from mahlstick.errors import MahlstickError
+from mahlstick.pictures import load_picture, save_png
+from mahlstick.pipelines.attach import attach
+from mahlstick.pipelines.generate import EMBEDDED_GUIDANCE, check_adapter, check_folder
+from mahlstick.pipelines.load import Loader, adapter_path, embedded_folder, unet_config
+from mahlstick.pipelines.recipe import fingerprint
+from mahlstick.pipelines.request import Scale, Seed, Side, Spec
+from mahlstick.pipelines.sheet import contact_sheet
+from mahlstick.pipelines.units import Control, ImagePrompt, Unit
+from mahlstick.training import data, metrics
+from mahlstick.training.data import Example
+
+Array = np.ndarray[Any, Any]
+Values = dict[str, Array]  # by column, a number for each picture; NaN where there is none
+
+WITHOUT, WITH, TRUE, DIFFERENCE = "without", "with", "true", "difference"
+RECALLS = (1, 5, 10)
+SHOWN = 12  # rows of the contact sheet
+FEW = 30  # pictures below which a bootstrap interval is too narrow
+
+_KEY = "mahlstick-evaluate"  # of the PNG's text
+_FORMAT = 1  # raise it when pictures of before must not be taken for today's
+_TITLES = {
+    "edge_f1": "edge F1",
+    "mask_iou": "mask IoU",
+    "mean_iou": "mean IoU",
+    "skeleton_iou": "skeleton IoU",
+    "rmse": "RMSE",
+    "depth_rmse": "depth RMSE",
+    "normal_angle": "normal angle (°)",
+    "clip_t": "CLIP-T",
+    "clip_i": "CLIP-I",
+    "frechet_distance": "FID",
+}
+
+
+class EvaluateConfig(Spec):
+    """What to evaluate, and how. Scales are units' scales, sizes pixels."""
+
+    data: str = Field(description="pictures with captions, of any kind that `read_dataset` reads")
+    out: str = Field("evaluation", description="folder of the report and its pictures")
+    base: str = Field("embedded", description="'embedded', a diffusers folder, a hub id or a .safetensors file")
+    base_config: str | None = Field(None, description="folder or hub id with the configs of a single-file base")
+
+    control: str | None = Field(None, description="a ControlNet: a path, a hub id or an embedded one's name")
+    control_scale: Scale = 1.0
+    annotator: str | None = Field(None, description="makes the control pictures where there are none, and measures")
+    annotator_options: dict[str, Any] = Field({}, description="of the annotator, e.g. low=80")
+    control_pictures: str | None = Field(None, description="folder of control pictures, named like the pictures")
+
+    image_prompt: str | None = Field(None, description="an IP-Adapter: a path, a hub id or 'ip-adapter'")
+    image_prompt_scale: Scale = 1.0
+    image_encoder: str | None = Field(None, description="vision model of the IP-Adapter; left out, the base's own")
+    references: str | None = Field(None, description="folder of references; left out, the pictures themselves")
+
+    judge: str | None = Field(None, description="a CLIP's folder or hub id; left out, the base's own image encoder")
+    fid: str | None = Field(None, description="a vision model's folder or hub id, over which FID is taken")
+
+    count: int | None = Field(None, ge=1, description="how many of the pictures, drawn by the seed; left out, all")
+    resolution: Side | None = Field(None, description="of a side; left out, the base's own")
+    batch: int = Field(4, ge=1, le=256, description="pictures at once")
+    steps: int = Field(20, ge=1, le=1000)
+    guidance: float | None = Field(None, ge=0, le=100, description="left out, as suits the base")
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _has_a_unit(self) -> Self:
+        if self.control is None and self.image_prompt is None:
+            raise ValueError("control and image_prompt are both missing; give one of them, or both")
+        if self.annotator is not None and self.control is None:
+            raise ValueError("annotator is given without control; it measures how a control is kept")
+        return self
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval, which a distance of distributions has not."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def text(self, sign: Literal["+", "-"] = "-") -> str:
+        """Three decimals; ``+`` shows the sign of what is positive too."""
+        shown = [f"{number:{sign}.3f}" for number in (self.value, self.low, self.high) if number is not None]
+        return shown[0] if len(shown) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    ``figures``: by measure (a function's name in `metrics`, or ``recall_at_1`` and so on) and column: ``without`` the
+    units, ``with`` them, the ``difference`` picture by picture, and of the ``true`` pictures where that tells the
+    ceiling. ``rows``: one for each picture. ``notes``: sentences on what was left out and what to beware of.
+    """
+
+    config: EvaluateConfig
+    figures: dict[str, dict[str, Mean]]
+    rows: list[dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def report(self) -> Path:
+        """The report for people; ``figures.json``, ``report.jsonl`` and ``contact_sheet.png`` lie beside it."""
+        return Path(self.config.out) / "report.md"
+
+    def to_json(self) -> str:
+        """Settings, figures and notes, without the rows."""
+        figures = {name: {key: asdict(mean) for key, mean in of.items()} for name, of in self.figures.items()}
+        facts = {"settings": self.config.model_dump(), "pictures": len(self.rows), "figures": figures}
+        return json.dumps(facts | {"notes": self.notes}, indent=1, ensure_ascii=False)
+
+    def table(self) -> list[list[str]]:
+        """The figures as text: a header, and a row for each measure with an arrow to where it is better."""
+        rows = [["", "without", "with", "difference", "true pictures"]]
+        for name, of in self.figures.items():
+            arrow = "↑" if metrics.higher_is_better(name) else "↓"
+            true = of[TRUE].text() if TRUE in of else ""
+            rows.append([f"{title(name)} {arrow}", of[WITHOUT].text(), of[WITH].text(), verdict(name, of), true])
+        return rows
+
+
+def verdict(measure: str, of: Mapping[str, Mean]) -> str:
+    """The difference, and whether it is better: unclear where its interval holds zero."""
+    change = of[DIFFERENCE]
+    if change.low is None or change.high is None:
+        return change.text("+")
+    better = (change.value > 0) == metrics.higher_is_better(measure)
+    return f"{change.text('+')}, {'unclear' if change.low <= 0 <= change.high else 'better' if better else 'worse'}"
+
+
+def title(measure: str) -> str:
+    """A measure's name as people write it."""
+    return _TITLES.get(measure) or measure.replace("_at_", "@")
+
+
+# ---- pictures
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    units: Sequence[Unit] = (),
+    *,
+    steps: int = 20,
+    guidance: float | None = None,
+) -> list[Image.Image]:
+    """N pictures of ``size`` (width, height) in one call of the pipeline, for N prompts and N seeds.
+
+    ``units`` have one condition for each picture, or one for all. The noise of a picture comes from its own seed, so
+    that the others in the call change it by rounding alone. ``guidance`` left open is the pipeline's default. Raises
+    ``MahlstickError`` for units that do not fit and for pictures of NaN.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    with attach(pipe, *units):
+        made = pipe(
+            list(prompts), width=size[0], height=size[1], num_inference_steps=steps, output_type="np",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **({} if guidance is None else {"guidance_scale": guidance}),
+        )  # fmt: skip
+    if not np.isfinite(made.images).all():
+        raise MahlstickError(f"the pictures are NaN: weights are broken, or {pipe.dtype} is too narrow; try float32")
+    return cast(list[Image.Image], pipe.image_processor.numpy_to_pil(made.images))
+
+
+def guidance_of(base: str) -> float | None:
+    """The guidance that suits the base; None is its pipeline's default."""
+    return EMBEDDED_GUIDANCE if base == "embedded" else None
+
+
+def control_of(example: Example, fitted: Image.Image, annotator: str | None, options: Mapping[str, Any]) -> Image.Image:
+    """The example's control picture for its picture as ``fitted``: the dataset's own, or else the annotator's.
+
+    Raises ``MahlstickError`` where there is neither.
+    """
+    if example.control is not None:
+        picture, control = example.load(), example.load("control")
+        return data.fit_control(control, picture, fitted.size, f"control of {example.name!r}")
+    if annotator is None:
+        raise MahlstickError(f"{example.name!r} has no control picture; add it, or name an annotator")
+    return annotators.annotate(annotator, fitted, **options).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An example, its seed, and the files of its pictures by column; ``key`` stands for all that they depend on."""
+
+    example: Example
+    seed: int
+    key: str
+    files: dict[str, Path]
+
+    @property
+    def caption(self) -> str:
+        return self.example.captions[0]
+
+    @property
+    def is_made(self) -> bool:
+        return all(_key_in(file) == self.key for file in self.files.values())
+
+
+def _key_in(file: Path) -> str | None:
+    try:
+        with Image.open(file) as picture:
+            return cast("str | None", picture.info.get(_KEY))
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+@dataclass(frozen=True)
+class Painter:
+    """The base with the adapters to be judged."""
+
+    config: EvaluateConfig
+    pipe: Any
+    size: tuple[int, int]
+    net: Any = None
+    adapter: Any = None
+
+    @classmethod
+    def load(cls, config: EvaluateConfig, loader: Loader, device: str | None, dtype: str | None) -> Self:
+        pipe = loader.pipeline(config.base, device=device, dtype=dtype, config=config.base_config)
+
+        def load(source: str | None, encoder: str | None = None) -> Any:
+            if source is None:
+                return None
+            return loader.adapter(adapter_path(source), image_encoder=encoder, dtype=pipe.dtype, base=pipe.unet)
+
+        sample = pipe.unet.config.sample_size
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        size = (width * pipe.vae_scale_factor, height * pipe.vae_scale_factor)
+        if config.resolution is not None:
+            size = (config.resolution, config.resolution)
+        return cls(config, pipe, size, load(config.control), load(config.image_prompt, config.image_encoder))
+
+    def cases(self, examples: Sequence[Example], progress: bool = False) -> list[Case]:
+        """Example i with seed + i and its files; reads every picture once, so that a broken one shows at the start."""
+        config = self.config
+        parts: list[data.Part] = ["control"] if config.control else []
+        parts += ["reference"] if config.image_prompt and examples[0].reference else []
+        settings = self._settings()
+        found = []
+        for i, example in enumerate(tqdm(examples, "read", disable=not progress, leave=False)):
+            example.load()
+            for part in parts:
+                if getattr(example, part) is not None:
+                    example.load(part)
+            key = _digest([settings, example.digest(), config.seed + i])
+            files = {column: Path(config.out) / column / f"{i:05d}.png" for column in (TRUE, WITHOUT, WITH, *parts)}
+            found.append(Case(example, config.seed + i, key, files))
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """All that the pictures depend on beside example and seed; weights by content, since a name may be reused."""
+        config = self.config
+        fields = ("control_scale", "annotator", "annotator_options", "image_prompt_scale", "steps", "guidance")
+        base = embedded_folder() if config.base == "embedded" else Path(config.base).expanduser()
+        weights = [base, *(Path(name).expanduser() for name in (config.base_config, config.image_encoder) if name)]
+        weights += [Path(adapter_path(name)).expanduser() for name in (config.control, config.image_prompt) if name]
+        return {
+            "format": _FORMAT,
+            "weights": [fingerprint(path) for path in weights],
+            "size": self.size,
+            "dtype": str(self.pipe.dtype),
+            **config.model_dump(include=set(fields)),
+        }
+
+    def paint(self, cases: Sequence[Case]) -> None:
+        """Make and write all pictures of the cases, in one batch."""
+        config = self.config
+        made = {TRUE: [data.fit(case.example.load(), self.size) for case in cases]}
+        pairs = list(zip((case.example for case in cases), made[TRUE], strict=True))
+        units: list[Unit] = []
+        if self.net is not None:
+            made["control"] = [control_of(*pair, config.annotator, config.annotator_options) for pair in pairs]
+            units.append(Control(self.net, made["control"], scale=config.control_scale))
+        if self.adapter is not None:
+            made["reference"] = [e.load("reference") if e.reference is not None else true for e, true in pairs]
+            references = [[reference] for reference in made["reference"]]  # a group for each picture
+            units.append(ImagePrompt(self.adapter, references, scale=config.image_prompt_scale))
+        guidance = guidance_of(config.base) if config.guidance is None else config.guidance
+        prompts, seeds = [case.caption for case in cases], [case.seed for case in cases]
+        for column, clipped in ((WITHOUT, []), (WITH, units)):
+            made[column] = draw(self.pipe, prompts, seeds, self.size, clipped, steps=config.steps, guidance=guidance)
+        for i, case in enumerate(cases):
+            for column, file in case.files.items():
+                save_png(made[column][i], file, {_KEY: case.key})
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# ---- measures
+
+
+def measure_condition(cases: Sequence[Case], annotator: str, options: Mapping[str, Any], progress: bool) -> Values:
+    """`metrics.condition_error` of each picture against its control picture."""
+    found: dict[str, list[float]] = {WITHOUT: [], WITH: [], TRUE: []}
+    for case in tqdm(cases, "measure", disable=not progress, leave=False):
+        for column, values in found.items():
+            control, picture = case.files["control"], case.files[column]
+            values.append(metrics.condition_error(annotator, control, picture, **options)[1])
+    return {column: np.array(values) for column, values in found.items()}
+
+
+def measure_pictures(cases: Sequence[Case], judge: metrics.ClipJudge) -> dict[str, Values]:
+    """CLIP-I against the references or true pictures; where the judge reads, CLIP-T and recall among the captions."""
+    columns = (WITHOUT, WITH, TRUE)
+    seen = {column: judge.images([case.files[column] for case in cases]) for column in columns}
+    found: dict[str, Values] = {}
+    captions = [case.caption.strip() for case in cases]
+    if judge.tokenizer is not None and any(captions):
+        found |= _measure_words(seen, captions, judge)
+    if "reference" in cases[0].files:
+        wanted = judge.images([case.files["reference"] for case in cases])
+    else:
+        wanted = seen.pop(TRUE)  # likeness to itself tells nothing
+    return found | {"clip_i": {column: metrics.cosines(vectors, wanted) for column, vectors in seen.items()}}
+
+
+def _measure_words(seen: Values, captions: Sequence[str], judge: metrics.ClipJudge) -> dict[str, Values]:
+    """``seen``: unit vectors (N, d) by column. A picture without a caption has NaN."""
+    distinct = sorted({caption for caption in captions if caption})
+    texts = judge.texts(distinct)
+    worded = {i: distinct.index(caption) for i, caption in enumerate(captions) if caption}
+
+    def of_each(value: Callable[[Array, int], float]) -> Values:
+        found = {column: np.full(len(captions), np.nan) for column in seen}
+        for column, vectors in seen.items():
+            for i, own in worded.items():
+                found[column][i] = value(vectors[i : i + 1], own)
+        return found
+
+    scores = {"clip_t": of_each(lambda picture, own: metrics.clip_t(picture, texts[own : own + 1]))}
+    for k in RECALLS:
+        if k < len(distinct):
+            scores[f"recall_at_{k}"] = of_each(partial(_recall, k, texts))
+    return scores
+
+
+def _recall(k: int, texts: Array, picture: Array, own: int) -> float:
+    return metrics.recall_at(k, picture, texts, [own])
+
+
+def measure_distance(cases: Sequence[Case], network: Callable[[Sequence[Path]], Array]) -> dict[str, Mean]:
+    """`metrics.frechet_distance` to the true pictures, over the features of a `metrics.feature_network`."""
+    true, *made = (network([case.files[column] for case in cases]) for column in (TRUE, WITHOUT, WITH))
+    without, with_ = (metrics.frechet_distance(features, true) for features in made)
+    return {WITHOUT: Mean(without), WITH: Mean(with_), DIFFERENCE: Mean(with_ - without)}
+
+
+def summarise(values: Values) -> dict[str, Mean]:
+    """Means over the pictures that have a value, and that of the difference, with minus without, picture by picture."""
+    pairs = values | {DIFFERENCE: values[WITH] - values[WITHOUT]}
+    return {column: Mean(*metrics.mean_with_interval(each[~np.isnan(each)])) for column, each in pairs.items()}
+
+
+def choose_judge(config: EvaluateConfig, pipe: Any) -> tuple[metrics.ClipJudge | None, list[str]]:
+    """The judge and what to say of it; one without a tokenizer reads no words.
+
+    Left open, it is the base's own image encoder. A text encoder with a projection to the same width is taken for its
+    other tower. One without a projection has none: that of Stable Diffusion 1 is half a CLIP of another width, and the
+    embedded base's was trained on with its UNet.
+    """
+    if config.judge is not None:
+        return metrics.ClipJudge.load(config.judge, str(pipe.device)), []
+    encoder, processor = (getattr(pipe, name, None) for name in ("image_encoder", "feature_extractor"))
+    if encoder is None or processor is None:
+        return None, [f"CLIP-T, CLIP-I and recall are left out: {config.base} has no image encoder; name a judge."]
+    notes = [f"CLIP-I is by the image encoder of {config.base}, which flatters an IP-Adapter that reads it."]
+    for suffix in ("", "_2"):
+        text, tokenizer = (getattr(pipe, name + suffix, None) for name in ("text_encoder", "tokenizer"))
+        if (
+            text is not None
+            and hasattr(text, "text_projection")
+            and text.config.projection_dim == encoder.config.projection_dim
+        ):
+            return metrics.ClipJudge.of_towers(text, tokenizer, encoder, processor), notes
+    notes.append(f"CLIP-T and recall are left out: {config.base} has no text tower that goes with it; name a judge.")
+    return metrics.ClipJudge(encoder, processor, None), notes
+
+
+# ---- evaluate
+
+
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    loader: Loader | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Make the pictures that are not there yet, measure all, and write the report into ``config.out``.
+
+    ``loader`` keeps the base and the adapters between calls; ``device`` and ``dtype`` are `load_pipeline`'s. Raises
+    ``MahlstickError``, before a picture is made, for data, adapters and models that do not do.
+    """
+    examples = choose_examples(config)
+    _check(config, examples)
+    painter = Painter.load(config, loader or Loader(), device, dtype)
+    judge, notes = choose_judge(config, painter.pipe)
+    network = metrics.feature_network(config.fid, str(painter.pipe.device)) if config.fid else None
+    cases = painter.cases(examples, progress)
+    todo = [case for case in cases if not case.is_made]
+    with tqdm(total=len(cases), initial=len(cases) - len(todo), desc="evaluate", disable=not progress) as bar:
+        for start in range(0, len(todo), config.batch):
+            painter.paint(part := todo[start : start + config.batch])
+            bar.update(len(part))
+    found: dict[str, Values] = {}
+    if config.annotator is not None:
+        measure = metrics.measure_of(config.annotator)
+        found[measure] = measure_condition(cases, config.annotator, config.annotator_options, progress)
+    if judge is not None:
+        found |= measure_pictures(cases, judge)
+    figures = {name: summarise(values) for name, values in found.items()}
+    if network is not None:
+        figures["frechet_distance"] = measure_distance(cases, network)
+    evaluation = Evaluation(config, figures, _rows(cases, found), notes + _notes(config, cases))
+    _write(evaluation, cases)
+    return evaluation
+
+
+def choose_examples(config: EvaluateConfig) -> list[Example]:
+    """The dataset in an order drawn by the seed, up to ``count``: a larger count goes on with the same pictures."""
+    examples = data.read_dataset(config.data, config.control_pictures, config.references)
+    random.Random(config.seed).shuffle(examples)
+    return examples[: config.count]
+
+
+def _check(config: EvaluateConfig, examples: Sequence[Example]) -> None:
+    """What can be known before a model is loaded."""
+    check_folder(Path(config.out))
+    if config.annotator is not None:
+        metrics.measure_of(config.annotator)
+    elif config.control is not None and examples[0].control is None:
+        raise MahlstickError(f"{config.data}: has no control pictures; add them, or name an annotator")
+    if config.fid is not None and len(examples) < 2:
+        raise MahlstickError("fid: one picture has no distribution; evaluate at least two")
+    unet = unet_config(config.base)
+    for field, kind in (("control", "controlnet"), ("image_prompt", "ip_adapter")):
+        if (source := getattr(config, field)) is not None:
+            check_adapter(field, kind, source, unet)
+
+
+def _rows(cases: Sequence[Case], found: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """For each picture what it is and its values by column, without those that it lacks."""
+    rows = []
+    for i, case in enumerate(cases):
+        row: dict[str, Any] = {"name": case.example.name, "caption": case.caption, "seed": case.seed}
+        row["picture"] = case.files[WITH].name
+        for column in (WITHOUT, WITH, TRUE):
+            values = {name: of[column][i] for name, of in found.items() if column in of}
+            row[column] = {name: float(value) for name, value in values.items() if not np.isnan(value)}
+        rows.append(row)
+    return rows
+
+
+def _notes(config: EvaluateConfig, cases: Sequence[Case]) -> list[str]:
+    """What to beware of."""
+    notes = []
+    if config.control is not None and config.annotator is None:
+        notes.append("How well the control is kept is not measured: no annotator is named.")
+    if not any(case.caption.strip() for case in cases):
+        notes.append("No picture has a caption, so all were made without words.")
+    if config.fid is not None:
+        notes.append(f"FID is taken over {config.fid}; few pictures raise it, so compare equal numbers of them.")
+    if len(cases) < FEW:
+        notes.append(f"Of only {len(cases)} pictures the intervals are too narrow.")
+    return notes
+
+
+# ---- report
+
+
+def _write(evaluation: Evaluation, cases: Sequence[Case]) -> None:
+    out = evaluation.report.parent
+    columns = [name for name in ("control", "reference", WITHOUT, WITH, TRUE) if name in cases[0].files]
+    rows = [
+        (case.caption or case.example.name, [load_picture(case.files[name]) for name in columns])
+        for case in cases[:SHOWN]
+    ]
+    save_png(contact_sheet(columns, rows), out / "contact_sheet.png")
+    lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in evaluation.rows)
+    texts = {"report.jsonl": lines, "figures.json": evaluation.to_json() + "\n", "report.md": _markdown(evaluation)}
+    for name, text in texts.items():
+        beside = out / f".{name}"
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, out / name)
+
+
+def _markdown(evaluation: Evaluation) -> str:
+    config, (header, *body) = evaluation.config, evaluation.table()
+    units = " and ".join(f"`{name}`" for name in (config.control, config.image_prompt) if name)
+    table = [header, ["---"] * len(header), *body]
+    notes = "".join(f"- {note}\n" for note in evaluation.notes)
+    settings = json.dumps(config.model_dump(exclude_defaults=True), indent=1, ensure_ascii=False)
+    return f"""# {units} on `{config.base}`
+
+{len(evaluation.rows)} pictures of `{config.data}`, each made without and with, from the same words and the same seed.
+
+{chr(10).join(f"| {' | '.join(row)} |" for row in table)}
+
+In brackets: where the mean of other pictures of this kind would lie, 95 % (bootstrap). The difference is taken picture
+by picture, and unclear where its interval holds zero. An arrow shows where a measure is better, the true pictures how
+far it goes.
+
+{notes}
+![Without and with {units}, and the true pictures](contact_sheet.png)
+
+Each picture's figures are in `report.jsonl`, the settings below and all figures in `figures.json`.
+
+```json
+{settings}
+```
+"""
