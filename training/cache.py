@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 import uuid
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -37,7 +39,7 @@ Encode = Callable[[list[Example]], Sequence[Mapping[str, Tensor]]]
 _FORMAT = 1  # raise it when shards of before must not be read
 _BROKEN = (MahlstickError, OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ABANDONED = 3600  # seconds after which an unfinished shard belongs to no living process
+_ABANDONED = 3600  # seconds after which an unfinished shard of another machine belongs to no living process
 _MANY = 500  # files from which on a progress bar is worth its line
 
 
@@ -201,7 +203,7 @@ class FeatureCache(Mapping[str, dict[str, Tensor]]):
         """Remove the unfinished shards that killed processes left."""
         for unfinished in self.path.glob(".*.tmp"):
             with suppress(FileNotFoundError):
-                if time.time() - unfinished.stat().st_mtime > _ABANDONED:
+                if _abandoned(unfinished):
                     unfinished.unlink()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,7 +233,7 @@ def _skip(example: Example, error: BaseException, report: Report) -> None:
 
 def _write_whole(target: Path, data: bytes) -> None:
     """Write a file whole or not at all, also when the machine stops."""
-    unfinished = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    unfinished = target.with_name(f".{uuid.uuid4().hex}.{os.getpid()}.{platform.node()}.tmp")
     try:
         with open(unfinished, "wb") as file:
             file.write(data)
@@ -240,6 +242,14 @@ def _write_whole(target: Path, data: bytes) -> None:
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _abandoned(unfinished: Path) -> bool:
+    """Whether the process that wrote a file is gone; of another machine's process its age tells."""
+    _, _, process, machine = (unfinished.name.removesuffix(".tmp").split(".", 3) + 4 * [""])[:4]
+    if machine == platform.node() and process.isdigit():
+        return not psutil.pid_exists(int(process))
+    return time.time() - unfinished.stat().st_mtime > _ABANDONED
 
 
 def _no_room(folder: Path, error: OSError, needed: int) -> str:

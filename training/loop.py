@@ -28,7 +28,7 @@ from tqdm import tqdm
 from mahlstick.errors import MahlstickError
 from mahlstick.training import optimisers
 from mahlstick.training.cache import FeatureCache
-from mahlstick.training.checkpoint import Checkpoints
+from mahlstick.training.checkpoint import Checkpoints, making, write_whole
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example, Plan
 from mahlstick.training.objective import generator, strata
@@ -49,6 +49,7 @@ class Progress:
     bad: int = 0
     skipped: int = 0
     best: dict[str, float] = field(default_factory=dict)  # score and step
+    losses: list[float] = field(default_factory=list)  # of the steps since the last line of the log
 
 
 class Rows(torch.utils.data.Dataset[Features]):
@@ -97,11 +98,12 @@ class Loop:
         self.rows = Rows(task, cache, digests, plan, a.process_index, a.num_processes)
         self.share = config.batch // a.num_processes
         self.micro = min(config.micro_batch or self.share, self.share)
-        optimiser = optimisers.build(config, task.parameters())
+        optimiser = optimisers.build(config, task.train().parameters())
         self.model, self.optimiser = a.prepare(task, optimiser)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.average = optimisers.Average(self.parameters, config.ema) if config.ema else None
         self.progress = Progress()
+        self.losses: list[Tensor] = []  # of this process, since the last line of the log
         self.out = Path(config.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep, a.is_main_process, a.wait_for_everyone)
 
@@ -115,19 +117,19 @@ class Loop:
         bar = tqdm(
             total=config.steps, initial=progress.step, desc=config.task, disable=not self.accelerator.is_main_process
         )
-        began, seen, losses = time.monotonic(), 0, []
+        began, seen = time.monotonic(), 0
         while progress.step < config.steps:
             loss, norm = self.step(next(ahead))
-            losses.append(loss)
+            self.losses.append(loss)
             seen += config.batch
             bar.update()
             step = progress.step
             if step % config.log_every == 0 or step == config.steps:
                 speed = seen / (time.monotonic() - began)
-                mean = float(torch.stack(losses).nanmean())
+                mean = float(self._shared_losses().nanmean())
                 self._log(loss=mean, norm=norm, rate=optimisers.rate(config, step - 1), pictures_per_second=speed)
                 bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} pictures/s")
-                losses = []
+                self.losses = []
             if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
                 self.validate()
                 began, seen = time.monotonic(), 0
@@ -259,8 +261,19 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of this step."""
+        if self.losses:
+            self.losses = list(self._shared_losses())
+        self.progress.losses = [float(loss) for loss in self.losses]
+        self.checkpoints.write(self.progress.step, self._write_state, protected=self._best())
+
+    def _best(self) -> int | None:
+        """The step of the best validation."""
         best = self.progress.best.get("step")
-        self.checkpoints.write(self.progress.step, self._write_state, protected=None if best is None else int(best))
+        return None if best is None else int(best)
+
+    def _shared_losses(self) -> Tensor:
+        """The mean over all processes, for each step since the last line of the log."""
+        return self.accelerator.reduce(torch.stack(self.losses), "mean")
 
     def _write_state(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -284,8 +297,12 @@ class Loop:
         known = json.loads((folder / PROGRESS).read_text())
         self.micro = min(self.micro, known.pop("micro"))
         self.progress = Progress(**known)
+        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in self.progress.losses]
         if self.average is not None:
             self.average.load_state_dict(load_file(folder / AVERAGE))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.checkpoints.tidy(step, self._best())
         log.info("goes on from step %d", step)
 
     def finish(self) -> Path:
@@ -294,7 +311,7 @@ class Loop:
             beside = self.out / ".result"
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            with self._learned():
+            with making(beside, self.checkpoints.told), self._learned():
                 self.task.save(beside)
             for path in sorted(beside.iterdir()):
                 target = self.out / path.name
@@ -316,7 +333,7 @@ class Loop:
         path = self.out / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.progress.step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_whole(path, "".join(f"{line}\n" for line in kept))
         if self.config.tracker != "none":
             self.accelerator.init_trackers("mahlstick", config=json.loads(self.config.to_json()))
 

@@ -17,6 +17,7 @@ import torch
 
 from mahlstick.errors import MahlstickError
 from mahlstick.training.cache import FeatureCache
+from mahlstick.training.checkpoint import write_whole
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example, read_dataset, split
 from mahlstick.training.loop import Loop, new_accelerator, out_of_memory
@@ -57,7 +58,7 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
         log.info("%s", estimate(loop))
     out = loop.run()
     if loop.accelerator.is_main_process:
-        (out / "README.md").write_text(card(config, task, learned, held_out, report.skipped, loop), encoding="utf-8")
+        write_whole(out / "README.md", card(config, task, learned, held_out, report.skipped, loop))
     return out
 
 
@@ -98,9 +99,7 @@ def write_config(config: TrainConfig, examples: Sequence[Example]) -> None:
     known = {package: version(package) for package in PACKAGES}
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".{CONFIG}"
-    beside.write_text(json.dumps(facts(config, examples) | {"versions": known}, indent=1), encoding="utf-8")
-    beside.replace(out / CONFIG)
+    write_whole(out / CONFIG, json.dumps(facts(config, examples) | {"versions": known}, indent=1))
 
 
 def estimate(loop: Loop) -> str:
