@@ -26,7 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +38,8 @@ from PIL import Image, ImageDraw
 from benchmarks import tiny
 from mahlstick.training.config import TaskName, TrainConfig
 from mahlstick.training.run import train
+
+OnWrite = Callable[[int], Any] | None
 
 TASKS = get_args(TaskName)
 TRIES = 3  # starts after a kill before a run counts as stuck
@@ -88,7 +90,9 @@ def config(case: Case, pictures: Path) -> TrainConfig:
 # --- running
 
 
-def start(case: Case, pictures: Path, folder: Path, rank: int = 0, world: int = 1, port: int = 0, write: Any = None) -> int:
+def start(
+    case: Case, pictures: Path, folder: Path, rank: int = 0, world: int = 1, port: int = 0, write: Any = None
+) -> int:
     """Fork a process that trains in ``folder``; → its id. A fork costs nothing, importing torch costs seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     if pid := os.fork():
@@ -134,7 +138,7 @@ def kill_before(write: int, current: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def together(case: Case, pictures: Path, folder: Path, world: int, write: Any = None) -> list[int]:
+def together(case: Case, pictures: Path, folder: Path, world: int, write: OnWrite = None) -> list[int]:
     """Start the processes of a run; → their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -245,12 +249,21 @@ def lines(log: Path) -> list[dict[str, float]]:
 # --- all of it
 
 
-def judge(case: Case, root: Path, seconds: float, world: int) -> tuple[Case, str, str | None]:
+def wholes(options: argparse.Namespace) -> list[Case]:
+    return [Case(task, seed) for task in options.tasks for seed in range(options.seeds)]
+
+
+def left_alone(root: Path, world: int, case: Case) -> tuple[tuple[str, int], float]:
+    """→ the run, and its seconds."""
+    folder = root / f"whole-{case.task}-{case.seed}"
+    return (case.task, case.seed), whole_run(case, root / "pictures", folder, world)
+
+
+def judge(root: Path, world: int, seconds: dict[tuple[str, int], float], case: Case) -> tuple[Case, str, str | None]:
     """→ the case, where it was killed, and how its end differs from that of the run left alone, if it does."""
-    torch.set_num_threads(1)
     folder = root / f"{case.task}-{case.seed}-{case.moment}-{case.write}"
     try:
-        where = killed_run(case, root / "pictures", folder, seconds, world)
+        where = killed_run(case, root / "pictures", folder, seconds[case.task, case.seed], world)
         fault = difference(root / f"whole-{case.task}-{case.seed}" / "out", folder / "out")
     except RuntimeError as error:
         return case, "", str(error)
@@ -261,22 +274,21 @@ def judge(case: Case, root: Path, seconds: float, world: int) -> tuple[Case, str
 
 def count_writes(case: Case, root: Path) -> int:
     """How often a whole run changes files."""
-    folder, tally = root / f"tally-{case.task}", root / f"tally-{case.task}.txt"
+    folder, tally = root / f"tally-{case.task}-{case.seed}", root / f"tally-{case.task}-{case.seed}.txt"
     mark = os.open(tally, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     wait(together(case, root / "pictures", folder, 1, lambda _: os.write(mark, b".")))
     return tally.stat().st_size
 
 
 def cases(options: argparse.Namespace, root: Path) -> Iterator[Case]:
-    for task in options.tasks:
-        for seed in range(options.seeds):
-            if options.writes:
-                yield from (Case(task, seed, write=n) for n in range(count_writes(Case(task, seed), root)))
-                continue
-            lots = random.Random(f"{task} {seed} {options.processes}")
-            victims = [(0,), (options.processes - 1,), tuple(range(options.processes))]
-            for i in range(options.moments):
-                yield Case(task, seed, lots.random(), victims=victims[i % 3])
+    victims = [(0,), (options.processes - 1,), tuple(range(options.processes))]
+    for whole in wholes(options):
+        if options.writes:
+            yield from (replace(whole, write=n) for n in range(count_writes(whole, root)))
+            continue
+        lots = random.Random(f"{whole.task} {whole.seed} {options.processes}")
+        for i in range(options.moments):
+            yield replace(whole, moment=lots.random(), victims=victims[i % 3])
 
 
 def main() -> None:
@@ -292,28 +304,19 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     root = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     draw_pictures(root / "pictures")
-    wholes = [Case(task, seed) for task in options.tasks for seed in range(options.seeds)]
-    seconds: dict[tuple[str, int], float] = {}
-    failed: list[tuple[Case, str, str | None]] = []
     tally: Counter[tuple[str, str]] = Counter()
+    faults = []
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-        folders = [root / f"whole-{case.task}-{case.seed}" for case in wholes]
-        runs = [(case, root / "pictures", folder, options.processes) for case, folder in zip(wholes, folders, strict=True)]
-        for case, taken in zip(wholes, pool.starmap(whole_run, runs, chunksize=1), strict=True):
-            seconds[case.task, case.seed] = taken
-        asked = [(case, root, seconds[case.task, case.seed], options.processes) for case in cases(options, root)]
-        for done, (case, where, fault) in enumerate(pool.starmap(judge, asked, chunksize=1), 1):
-            del done
+        seconds = dict(pool.imap_unordered(partial(left_alone, root, options.processes), wholes(options)))
+        asked = list(cases(options, root))
+        for case, where, fault in pool.imap_unordered(partial(judge, root, options.processes, seconds), asked):
             tally[case.task, "equal" if fault is None else "different"] += 1
             tally[case.task, where] += 1
-            if fault is not None:
-                failed.append((case, where, fault))
+            print(f"{tally.total() // 2} of {len(asked)}: {case.task}, killed while {where}", file=sys.stderr)
+            faults += [] if fault is None else [f"{case}, killed while {where}: {fault}"]
     report(options, tally)
-    for case, where, fault in failed:
-        print(f"\n{case}, killed while {where}: {fault}")
-    if failed:
-        print(f"\nThe folders of these runs are kept in {root}.")
-        raise SystemExit(1)
+    if faults:
+        raise SystemExit("\n".join([*faults, f"The folders of these runs are kept in {root}."]))
     shutil.rmtree(root)
 
 

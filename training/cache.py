@@ -7,7 +7,6 @@ Shards are written whole or not at all: a run that is killed loses the shard in 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -30,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mahlstick.errors import MahlstickError
+from mahlstick.training.checkpoint import FULL
 from mahlstick.training.data import Example
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ Encode = Callable[[list[Example]], Sequence[Mapping[str, Tensor]]]
 
 _FORMAT = 1  # raise it when shards of before must not be read
 _BROKEN = (MahlstickError, OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ABANDONED = 3600  # seconds after which an unfinished shard of another machine belongs to no living process
 _MANY = 500  # files from which on a progress bar is worth its line
 
@@ -254,7 +253,7 @@ def _abandoned(unfinished: Path) -> bool:
 
 def _no_room(folder: Path, error: OSError, needed: int) -> str:
     """Why nothing can be written, in a sentence. ``needed``: bytes that are still to come."""
-    if error.errno not in _FULL:
+    if error.errno not in FULL:
         return f"the cache {str(folder)!r} cannot be written ({error.strerror or error}); choose another place"
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     return (

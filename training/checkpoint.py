@@ -70,7 +70,7 @@ class Checkpoints:
         self.wait()
 
     def tidy(self, *protected: int | None) -> None:
-        """Remove all but the last whole checkpoints and ``protected``: also what a kill left half written or removed."""
+        """Remove all but the last whole checkpoints and ``protected``; also what a kill left half done."""
         kept = {self.path(step) for step in (*self.steps()[-self.keep :], *protected) if step is not None}
         for path in (*self.folder.glob("step-*"), self.folder / ".in-the-making"):
             if path not in kept:
@@ -99,7 +99,7 @@ def disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, is a disk without room."""
     if error is None:
         return False
-    said = isinstance(error, OSError) and error.errno in FULL or any(word in str(error) for word in FULL_WORDS)
+    said = (isinstance(error, OSError) and error.errno in FULL) or any(word in str(error) for word in FULL_WORDS)
     return said or disk_full(error.__cause__ or error.__context__)
 
 

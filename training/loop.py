@@ -6,6 +6,7 @@ the examples and the rate. A checkpoint is then weights, optimiser, average and 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -335,7 +336,16 @@ class Loop:
         kept = [line for line in lines if _step_of(line) <= self.progress.step]
         write_whole(path, "".join(f"{line}\n" for line in kept))
         if self.config.tracker != "none":
-            self.accelerator.init_trackers("mahlstick", config=json.loads(self.config.to_json()))
+            self.accelerator.init_trackers("mahlstick", init_kwargs=self._tracker_options())
+
+    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+        """A run that goes on is the same run in the tracker, without what came after its checkpoint."""
+        step, fields = self.progress.step, json.loads(self.config.to_json())
+        resume = "allow" if step else "never"
+        return {
+            "tensorboard": {"purge_step": step + 1},
+            "trackio": {"name": self.out.resolve().name, "resume": resume, "config": fields, "embed": False},
+        }
 
     def _log(self, **values: float) -> None:
         if not self.accelerator.is_main_process:
@@ -364,7 +374,12 @@ def bucket(cache: FeatureCache, digest: str) -> tuple[Any, ...]:
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's view of this process, for one run: an earlier run's precision must not stick."""
+    """accelerate's view of this process, for one run: an earlier run's precision must not stick.
+
+    Raises ``MahlstickError`` where the tracker's package is missing.
+    """
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise MahlstickError(f"tracker: needs {config.tracker}; pip install {config.tracker}, or leave tracker out")
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=config.precision,

@@ -47,7 +47,7 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = FeatureCache(config.cache_folder, task.settings())
     task.to_encode(accelerator.device)
-    report = cache.fill(examples, task.encode, rank=rank, world=world, progress=accelerator.is_main_process)
+    cache.fill(examples, task.encode, rank=rank, world=world, progress=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     cache.refresh()
     loop = Loop(accelerator, task, cache, cache.select(learned), cache.select(held_out))
@@ -58,7 +58,8 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
         log.info("%s", estimate(loop))
     out = loop.run()
     if loop.accelerator.is_main_process:
-        write_whole(out / "README.md", card(config, task, learned, held_out, report.skipped, loop))
+        skipped = len(examples) - len(cache.select(examples))
+        write_whole(out / "README.md", card(config, task, len(learned), len(held_out), skipped, loop))
     return out
 
 
@@ -150,10 +151,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 
-def card(
-    config: TrainConfig, task: Task, learned: Sequence[Example], held_out: Sequence[Example],
-    skipped: Sequence[tuple[str, str]], loop: Loop,
-) -> str:  # fmt: skip
+def card(config: TrainConfig, task: Task, learned: int, held_out: int, skipped: int, loop: Loop) -> str:
     """The result's README.md: what was learned, from what, how, and how well."""
     lines = (loop.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     last: dict[str, float] = {}
@@ -164,8 +162,8 @@ def card(
     settings = json.dumps(json.loads(config.to_json()), indent=1)
     return f"""# {Path(config.out).name}
 
-A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained with mahlstick on {len(learned)} pictures
-({len(held_out)} held out, {len(skipped)} could not be read) for {loop.progress.step} steps of {config.batch};
+A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained with mahlstick on {learned} pictures
+({held_out} held out, {skipped} could not be read) for {loop.progress.step} steps of {config.batch};
 {loop.progress.skipped} steps were left out because a gradient was not finite.
 
 | last measured | |
