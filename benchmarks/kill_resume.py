@@ -12,7 +12,6 @@ the log has the same lines but for the speed, and no other file is there.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import os
@@ -36,12 +35,14 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from benchmarks import tiny
+from mahlstick.training import tasks
 from mahlstick.training.config import TaskName, TrainConfig
 from mahlstick.training.run import train
 
 OnWrite = Callable[[int], Any] | None
 
 TASKS = get_args(TaskName)
+STEPS = 6
 TRIES = 3  # starts after a kill before a run counts as stuck
 UNET = {
     "block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -74,14 +75,14 @@ def draw_pictures(folder: Path, count: int = 8) -> None:
 
 
 def base() -> Any:
-    """A tiny base of one's own: training changes it."""
-    return tiny.quiet(StableDiffusionPipeline(**copy.deepcopy(tiny.components("sd1", **UNET))))
+    """A tiny base. Training changes it: each run has its own by its fork."""
+    return tiny.quiet(StableDiffusionPipeline(**tiny.components("sd1", **UNET)))
 
 
 def config(case: Case, pictures: Path) -> TrainConfig:
-    """Eight steps with four checkpoints and two validations, and log lines that fall between checkpoints."""
+    """Three checkpoints and two validations, and log lines that fall between checkpoints."""
     return TrainConfig(
-        task=case.task, seed=case.seed, data=str(pictures), out="out", resolution=tiny.SIZE, steps=8, batch=2,
+        task=case.task, seed=case.seed, data=str(pictures), out="out", resolution=tiny.SIZE, steps=STEPS, batch=2,
         warmup=2, rate=1e-3, schedule="cosine", ema=0.9, held_out=0.2, log_every=3, checkpoint_every=2,
         validate_every=4, keep=2, annotator="canny" if case.task == "controlnet" else None,
     )  # fmt: skip
@@ -155,7 +156,7 @@ def wait(pids: list[int], seconds: float = 600.0) -> list[int | None]:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
+        time.sleep(0.01)
     return [codes.get(pid) for pid in pids]
 
 
@@ -200,7 +201,7 @@ def place(out: Path) -> str:
         return "reading and encoding"
     if (out / "checkpoints" / ".in-the-making").exists():
         return "writing a checkpoint"
-    done = (out / "checkpoints" / "step-00000008").exists()
+    done = (out / "checkpoints" / f"step-{STEPS:08d}").exists()
     return "writing the result" if done else "steps and validation"
 
 
@@ -254,9 +255,13 @@ def wholes(options: argparse.Namespace) -> list[Case]:
 
 
 def left_alone(root: Path, world: int, case: Case) -> tuple[tuple[str, int], float]:
-    """→ the run, and its seconds."""
+    """→ the run, and its seconds, which a benchmark that was itself stopped finds again."""
     folder = root / f"whole-{case.task}-{case.seed}"
-    return (case.task, case.seed), whole_run(case, root / "pictures", folder, world)
+    known = folder / "seconds.txt"
+    if not known.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        known.write_text(str(whole_run(case, root / "pictures", folder, world)))
+    return (case.task, case.seed), float(known.read_text())
 
 
 def judge(root: Path, world: int, seconds: dict[tuple[str, int], float], case: Case) -> tuple[Case, str, str | None]:
@@ -298,26 +303,35 @@ def main() -> None:
     flags.add_argument("--moments", type=int, default=20, help="kills for each task and seed")
     flags.add_argument("--processes", type=int, default=1, help="of one run")
     flags.add_argument("--writes", action="store_true", help="kill before each change of a file instead")
+    flags.add_argument("--minutes", type=float, default=1e9, help="after which no further run is judged")
+    flags.add_argument("--root", type=Path, help="folder of the runs, whose whole ones are used again")
     flags.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     options = flags.parse_args()
     torch.set_num_threads(1)  # a fork takes no threads along
+    tasks.SAMPLE_STEPS = 4
+    base()  # builds what all forks share
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    root = Path(tempfile.mkdtemp(prefix="kill-resume-"))
-    draw_pictures(root / "pictures")
+    end = time.monotonic() + 60 * options.minutes
+    root = options.root or Path(tempfile.mkdtemp(prefix="kill-resume-"))
+    if not (root / "pictures").exists():
+        draw_pictures(root / "pictures")
     tally: Counter[tuple[str, str]] = Counter()
     faults = []
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
         seconds = dict(pool.imap_unordered(partial(left_alone, root, options.processes), wholes(options)))
         asked = list(cases(options, root))
+        random.Random(0).shuffle(asked)  # a part of them is then a fair part
         for case, where, fault in pool.imap_unordered(partial(judge, root, options.processes, seconds), asked):
             tally[case.task, "equal" if fault is None else "different"] += 1
             tally[case.task, where] += 1
             print(f"{tally.total() // 2} of {len(asked)}: {case.task}, killed while {where}", file=sys.stderr)
             faults += [] if fault is None else [f"{case}, killed while {where}: {fault}"]
+            if time.monotonic() > end:
+                break
     report(options, tally)
     if faults:
         raise SystemExit("\n".join([*faults, f"The folders of these runs are kept in {root}."]))
-    shutil.rmtree(root)
+    shutil.rmtree(root, ignore_errors=True)  # runs that were not waited for may still write
 
 
 PLACES = ("reading and encoding", "steps and validation", "writing a checkpoint", "writing the result")

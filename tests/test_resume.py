@@ -23,7 +23,6 @@ import torch
 import mahlstick as ms
 from benchmarks import kill_resume
 from benchmarks.kill_resume import Case
-from mahlstick.training import checkpoint
 from mahlstick.training.cache import FeatureCache
 from mahlstick.training.checkpoint import Checkpoints
 from mahlstick.training.config import TrainConfig
@@ -42,6 +41,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def base() -> Any:
+    """A tiny base of one's own: training changes it."""
+    return copy.deepcopy(kill_resume.base())
+
+
 def settings(task: str, pictures: Path, out: Path, **fields: Any) -> TrainConfig:
     known = json.loads(kill_resume.config(Case(task, 0), pictures).to_json())
     few = {"steps": 4, "held_out": 0.0, "validate_every": 0, "out": str(out), "cache": str(out.parent / "cache")}
@@ -53,7 +57,7 @@ def ready(task: str, pictures: Path, out: Path, **fields: Any) -> Loop:
     wanted = settings(task, pictures, out, **fields)
     examples = read_dataset(pictures)
     torch.manual_seed(0)
-    learning = TASKS[task](wanted, kill_resume.base())
+    learning = TASKS[task](wanted, base())
     cache = FeatureCache(wanted.cache_folder, learning.settings())
     cache.fill(examples, learning.encode, progress=False)
     return Loop(new_accelerator(wanted), learning, cache, examples, [])
@@ -75,17 +79,17 @@ def test_killed_at_random_moments(task: str, tmp_path: Path) -> None:
 
 def test_the_log_is_the_same_where_its_lines_fall_between_checkpoints(pictures: Path, tmp_path: Path) -> None:
     fields = {"log_every": 3, "checkpoint_every": 2}
-    whole = train(settings("vae", pictures, tmp_path / "whole", **fields), kill_resume.base())
+    whole = train(settings("vae", pictures, tmp_path / "whole", **fields), base())
     loop = ready("vae", pictures, tmp_path / "parts", **fields)
     for step in range(2):
         loop.losses.append(loop.step(loop.rows[step])[0])
     loop.save()
-    parts = train(settings("vae", pictures, tmp_path / "parts", **fields), kill_resume.base())
+    parts = train(settings("vae", pictures, tmp_path / "parts", **fields), base())
     assert kill_resume.lines(parts / "log.jsonl") == kill_resume.lines(whole / "log.jsonl")
 
 
 def test_a_log_is_never_half_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = train(settings("vae", pictures, tmp_path / "out", log_every=1), kill_resume.base())
+    out = train(settings("vae", pictures, tmp_path / "out", log_every=1), base())
     before = (out / "log.jsonl").read_text()
 
     def killed(*_: Any) -> None:
@@ -93,7 +97,7 @@ def test_a_log_is_never_half_written(pictures: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(settings("vae", pictures, tmp_path / "out", log_every=1), kill_resume.base())
+        train(settings("vae", pictures, tmp_path / "out", log_every=1), base())
     assert (out / "log.jsonl").read_text() == before
 
 
@@ -186,7 +190,7 @@ def test_a_file_too_big_for_the_disk_leaves_the_checkpoint_before(pictures: Path
 
 def test_the_disk_fills_up_in_the_result(pictures: Path, tmp_path: Path) -> None:
     """The result of before stays, and the same command with room ends as it would have."""
-    whole = train(settings("vae", pictures, tmp_path / "whole"), kill_resume.base())
+    whole = train(settings("vae", pictures, tmp_path / "whole"), base())
     loop = ready("vae", pictures, tmp_path / "out")
     result = loop.out / "diffusion_pytorch_model.safetensors"
     loop.save()
@@ -194,21 +198,16 @@ def test_the_disk_fills_up_in_the_result(pictures: Path, tmp_path: Path) -> None
     with small_files(1000), pytest.raises(ms.MahlstickError, match="the disk is full, and the checkpoint of step 0"):
         loop.finish()
     assert result.read_text() == "of before" and not (loop.out / ".result").exists()
-    train(settings("vae", pictures, tmp_path / "out"), kill_resume.base())
+    train(settings("vae", pictures, tmp_path / "out"), base())
     assert result.read_bytes() == (whole / result.name).read_bytes()
 
 
 def test_the_disk_fills_up_in_the_cache(pictures: Path, tmp_path: Path) -> None:
     wanted = settings("vae", pictures, tmp_path / "out")
     with small_files(1000), pytest.raises(ms.MahlstickError, match="the disk is full: the cache"):
-        train(wanted, kill_resume.base())
+        train(wanted, base())
     assert not list(wanted.cache_folder.rglob("*.tmp")) and not list(wanted.cache_folder.rglob("features*"))
-    train(wanted, kill_resume.base())
-
-
-@pytest.mark.parametrize("words", ["I/O error: No space left on device (os error 28)", "unexpected pos 64 vs 128"])
-def test_other_libraries_words_for_a_full_disk(words: str) -> None:
-    assert checkpoint.disk_full(RuntimeError(words)) and not checkpoint.disk_full(RuntimeError("no such key"))
+    train(wanted, base())
 
 
 # --- trackers
@@ -225,7 +224,7 @@ def test_a_missing_tracker_is_one_sentence(
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == tracker else real(name, *more))
     with pytest.raises(ms.MahlstickError, match=f"tracker: needs {tracker}; pip install {tracker}, or leave"):
-        train(settings("vae", pictures, tmp_path / "out", tracker=tracker), kill_resume.base())
+        train(settings("vae", pictures, tmp_path / "out", tracker=tracker), base())
     assert not (tmp_path / "out").exists()
 
 
@@ -239,7 +238,7 @@ def in_two_parts(tracker: str, pictures: Path, out: Path) -> Path:
         if step == 1:
             loop.save()
     loop.accelerator.end_training()
-    train(settings("vae", pictures, out, tracker=tracker, log_every=1), kill_resume.base())
+    train(settings("vae", pictures, out, tracker=tracker, log_every=1), base())
     assert [line["step"] for line in kill_resume.lines(out / "log.jsonl")] == [1, 2, 3, 4]
     return out
 
@@ -268,9 +267,9 @@ def test_trackio_has_one_run(pictures: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_lora_of_the_text_encoder_loads_in_diffusers(pictures: Path, tmp_path: Path) -> None:
     wanted = settings("lora", pictures, tmp_path / "out", steps=12, rate=0.05, train_text=True, ema=0.0)
-    learned = kill_resume.base()
+    learned = base()
     out = train(wanted, learned)
-    theirs, ids = kill_resume.base(), torch.arange(8)[None]
+    theirs, ids = base(), torch.arange(8)[None]
     with torch.no_grad():
         plain = theirs.text_encoder(ids)[0]
         theirs.load_lora_weights(out)
@@ -288,7 +287,7 @@ def test_text_encoded_in_the_step_is_the_pipelines(family: str, pictures: Path, 
     from benchmarks import tiny
 
     pipe = {
-        "sd1": kill_resume.base,
+        "sd1": base,
         "sdxl": lambda: StableDiffusionXLPipeline(**copy.deepcopy(tiny.components("sdxl"))),
     }
     examples, losses = read_dataset(pictures)[:2], []

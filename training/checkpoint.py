@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # EFBIG is the limit of a process or a file system for one file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors and torch.save raise errors of their own, the one with the number in its text, the other without.
-FULL_WORDS = (*(f"os error {code})" for code in FULL), "PytorchStreamWriter failed", "unexpected pos")
+# safetensors and torch.save raise errors of their own: the one with the number in its text, the other without.
+FULL_WORDS = (*(f"os error {code})" for code in FULL), "PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
 
 class Checkpoints:

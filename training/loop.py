@@ -308,12 +308,17 @@ class Loop:
 
     def finish(self) -> Path:
         """Write the result, whole or not at all."""
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        state = self.accelerator.get_state_dict(self.model) if sharded else None  # all processes take part
         if self.accelerator.is_main_process:
+            task = self.task if state is None else type(self.task)(self.config)
+            if state is not None:
+                task.load_state_dict(state)
             beside = self.out / ".result"
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             with making(beside, self.checkpoints.told), self._learned():
-                self.task.save(beside)
+                task.save(beside)
             for path in sorted(beside.iterdir()):
                 target = self.out / path.name
                 if target.is_dir():
@@ -395,9 +400,18 @@ def check_processes(config: TrainConfig, task: Task, accelerator: Accelerator) -
         raise MahlstickError(
             f"batch: {config.batch} pictures do not divide among {accelerator.num_processes} processes"
         )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise MahlstickError(
+            "DeepSpeed takes its step inside of backward, where nothing can be checked or taken back; train with DDP "
+            "or FSDP2, see docs/distributed"
+        )
+    sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and config.ema:
-        raise MahlstickError("ema: is not kept under FSDP or DeepSpeed; leave it out, or train with DDP")
+        raise MahlstickError("ema: is not kept under FSDP; leave it out, or train with DDP")
+    if sharded and config.validate_every:
+        raise MahlstickError("validate_every: one process alone cannot run a sharded model; give 0, or train with DDP")
+    if sharded and config.task == "lora":
+        raise MahlstickError("lora: its few weights lie inside of the UNet and are not sharded; train with DDP")
     if task.whole_batch and config.micro_batch not in (None, config.batch // accelerator.num_processes):
         raise MahlstickError(f"micro_batch: {config.task} compares all pictures of a batch; leave micro_batch out")
 
