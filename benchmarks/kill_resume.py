@@ -1,7 +1,8 @@
 """Ends training runs with SIGKILL, starts them again, and compares them with a run that was left alone.
 
 ``python -m benchmarks.kill_resume`` does so at random moments, for every task and several seeds, and prints a table.
-A moment is uniform over the whole run: reading, encoding, steps, validation, checkpoints, and writing the result.
+A moment is uniform over the whole run: reading, encoding, steps, validation, checkpoints, and writing the result. It is
+measured in the first process's processor time, which other work on the machine does not stretch.
 ``--writes`` kills instead before each single change of a file that the run makes. ``--processes 2`` trains in two
 processes on gloo, of which the first, the second or both are killed.
 
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -30,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
@@ -147,35 +151,51 @@ def together(case: Case, pictures: Path, folder: Path, world: int, write: OnWrit
     return [start(case, pictures, folder, rank, world, port, write if rank == 0 else None) for rank in range(world)]
 
 
-def wait(pids: list[int], seconds: float = 600.0) -> list[int | None]:
-    """The exit codes, negative for signals, None for what still runs after ``seconds``."""
+def wait(pids: list[int], enough: Callable[[], bool] = lambda: False) -> list[int | None]:
+    """The exit codes, negative for signals, None for what still runs when it is ``enough``."""
     codes: dict[int, int] = {}
-    end = time.monotonic() + seconds
-    while len(codes) < len(pids) and time.monotonic() < end:
+    while len(codes) < len(pids) and not enough():
         for pid in set(pids) - set(codes):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+        time.sleep(0.005)
     return [codes.get(pid) for pid in pids]
 
 
+def after(seconds: float) -> Callable[[], bool]:
+    """Whether so much time has gone by."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def spent(pid: int) -> float:
+    """Seconds of the processor; infinitely many of a process that is gone."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return math.inf
+    return float(times.user + times.system)
+
+
 def whole_run(case: Case, pictures: Path, folder: Path, world: int = 1) -> float:
-    """A run that is left alone; → its seconds."""
-    began = time.monotonic()
+    """A run that is left alone; → the processor's seconds of each of its processes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     codes = wait(together(case, pictures, folder, world))
     if any(codes):
         raise RuntimeError(f"{case}: {(folder / 'told-0.txt').read_text()}")
-    return time.monotonic() - began
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (now.ru_utime - before.ru_utime + now.ru_stime - before.ru_stime) / world
 
 
 def killed_run(case: Case, pictures: Path, folder: Path, seconds: float, world: int = 1) -> str:
     """Kill a run, start it again until it ends; → where it was killed. Raises RuntimeError where it does not end."""
     moment = case.moment * seconds
+    act = None if case.write is None else partial(kill_before, case.write)
     while True:
         shutil.rmtree(folder, ignore_errors=True)
-        pids = together(case, pictures, folder, world, None if case.write is None else partial(kill_before, case.write))
-        codes = wait(pids, moment) if case.write is None else wait(pids)
+        pids = together(case, pictures, folder, world, act)
+        codes = wait(pids) if act else wait(pids, lambda: spent(pids[0]) >= moment)  # noqa: B023
         if None in codes or -signal.SIGKILL in codes:
             break
         moment *= 0.9  # it had ended already
@@ -185,7 +205,7 @@ def killed_run(case: Case, pictures: Path, folder: Path, seconds: float, world: 
             os.kill(pids[rank], signal.SIGKILL)
     left = [pid for pid, code in zip(pids, codes, strict=True) if code is None]
     # What lost its peer ends by itself in time, or, as a launcher would have it, is ended.
-    for pid, code in zip(left, wait(left, 5.0), strict=True):
+    for pid, code in zip(left, wait(left, after(5.0)), strict=True):
         if code is None:
             os.kill(pid, signal.SIGKILL)
             wait([pid])
