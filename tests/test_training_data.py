@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
 import signal
@@ -853,10 +854,17 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, pictures: Path) -
     assert fill(cache, read_dataset(pictures), count).cached == 8
     assert count.seen == ["8.png", "9.png"]
     check_features(cache, read_dataset(pictures))
-    assert unfinished.exists(), "a process may still be writing it"
-    os.utime(unfinished, (time.time() - 7200, time.time() - 7200))
-    fill(cache, read_dataset(pictures))
     assert not unfinished.exists()
+
+    alive = cache.path / f".a.{os.getpid()}.{platform.node()}.tmp"
+    elsewhere = cache.path / ".b.1.another-machine.tmp"
+    for file in (alive, elsewhere):
+        file.touch()
+    fill(cache, read_dataset(pictures))
+    assert alive.exists() and elsewhere.exists(), "a process may still be writing it"
+    os.utime(elsewhere, (time.time() - 7200, time.time() - 7200))
+    fill(cache, read_dataset(pictures))
+    assert alive.exists() and not elsewhere.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "empty"])

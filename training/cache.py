@@ -7,11 +7,11 @@ Shards are written whole or not at all: a run that is killed loses the shard in 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 import uuid
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -28,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mahlstick.errors import MahlstickError
+from mahlstick.training.checkpoint import FULL
 from mahlstick.training.data import Example
 
 log = logging.getLogger(__name__)
@@ -36,8 +38,7 @@ Encode = Callable[[list[Example]], Sequence[Mapping[str, Tensor]]]
 
 _FORMAT = 1  # raise it when shards of before must not be read
 _BROKEN = (MahlstickError, OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_ABANDONED = 3600  # seconds after which an unfinished shard belongs to no living process
+_ABANDONED = 3600  # seconds after which an unfinished shard of another machine belongs to no living process
 _MANY = 500  # files from which on a progress bar is worth its line
 
 
@@ -201,7 +202,7 @@ class FeatureCache(Mapping[str, dict[str, Tensor]]):
         """Remove the unfinished shards that killed processes left."""
         for unfinished in self.path.glob(".*.tmp"):
             with suppress(FileNotFoundError):
-                if time.time() - unfinished.stat().st_mtime > _ABANDONED:
+                if _abandoned(unfinished):
                     unfinished.unlink()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def _skip(example: Example, error: BaseException, report: Report) -> None:
 
 def _write_whole(target: Path, data: bytes) -> None:
     """Write a file whole or not at all, also when the machine stops."""
-    unfinished = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    unfinished = target.with_name(f".{uuid.uuid4().hex}.{os.getpid()}.{platform.node()}.tmp")
     try:
         with open(unfinished, "wb") as file:
             file.write(data)
@@ -242,9 +243,17 @@ def _write_whole(target: Path, data: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def _abandoned(unfinished: Path) -> bool:
+    """Whether the process that wrote a file is gone; of another machine's process its age tells."""
+    _, _, process, machine = (unfinished.name.removesuffix(".tmp").split(".", 3) + 4 * [""])[:4]
+    if machine == platform.node() and process.isdigit():
+        return not psutil.pid_exists(int(process))
+    return time.time() - unfinished.stat().st_mtime > _ABANDONED
+
+
 def _no_room(folder: Path, error: OSError, needed: int) -> str:
     """Why nothing can be written, in a sentence. ``needed``: bytes that are still to come."""
-    if error.errno not in _FULL:
+    if error.errno not in FULL:
         return f"the cache {str(folder)!r} cannot be written ({error.strerror or error}); choose another place"
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     return (

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mahlstick.errors import MahlstickError
@@ -16,6 +17,10 @@ from mahlstick.errors import MahlstickError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# EFBIG is the limit of a process or a file system for one file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors and torch.save raise errors of their own: the one with the number in its text, the other without.
+FULL_WORDS = (*(f"os error {code})" for code in FULL), "PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
 
 class Checkpoints:
@@ -53,7 +58,7 @@ class Checkpoints:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         self.wait()
-        try:
+        with making(beside, self.told):
             save(beside)
             self.wait()
             if self.main:
@@ -61,22 +66,48 @@ class Checkpoints:
                 shutil.rmtree(self.path(step), ignore_errors=True)
                 beside.rename(self.path(step))
                 sync(self.folder)
-                self._drop(protected)
-        except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            if error.errno != errno.ENOSPC:
-                raise
-            whole = f"the checkpoint of step {self.steps()[-1]} is whole" if self.steps() else "none is whole yet"
-            raise MahlstickError(
-                f"{self.folder}: the disk is full, and {whole}; make room and give the command again"
-            ) from error
+                self.tidy(protected)
         self.wait()
 
-    def _drop(self, protected: int | None) -> None:
-        known = self.steps()
-        for step in known[: -self.keep]:
-            if step != protected:
-                shutil.rmtree(self.path(step))
+    def tidy(self, *protected: int | None) -> None:
+        """Remove all but the last whole checkpoints and ``protected``; also what a kill left half done."""
+        kept = {self.path(step) for step in (*self.steps()[-self.keep :], *protected) if step is not None}
+        for path in (*self.folder.glob("step-*"), self.folder / ".in-the-making"):
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def told(self) -> str:
+        """What is left where the disk is full."""
+        return f"the checkpoint of step {self.steps()[-1]} is whole" if self.steps() else "no checkpoint is whole yet"
+
+
+@contextmanager
+def making(folder: Path, told: Callable[[], str]) -> Iterator[None]:
+    """A folder is written inside; it is removed where that fails. Raises ``MahlstickError`` where the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not disk_full(error):
+            raise
+        raise MahlstickError(
+            f"{folder.parent}: the disk is full, and {told()}; make room and give the command again"
+        ) from error
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a disk without room."""
+    if error is None:
+        return False
+    said = (isinstance(error, OSError) and error.errno in FULL) or any(word in str(error) for word in FULL_WORDS)
+    return said or disk_full(error.__cause__ or error.__context__)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def seal(folder: Path) -> None:

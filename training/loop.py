@@ -6,6 +6,7 @@ the examples and the rate. A checkpoint is then weights, optimiser, average and 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from mahlstick.errors import MahlstickError
 from mahlstick.training import optimisers
 from mahlstick.training.cache import FeatureCache
-from mahlstick.training.checkpoint import Checkpoints
+from mahlstick.training.checkpoint import Checkpoints, making, write_whole
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example, Plan
 from mahlstick.training.objective import generator, strata
@@ -49,6 +50,7 @@ class Progress:
     bad: int = 0
     skipped: int = 0
     best: dict[str, float] = field(default_factory=dict)  # score and step
+    losses: list[float] = field(default_factory=list)  # of the steps since the last line of the log
 
 
 class Rows(torch.utils.data.Dataset[Features]):
@@ -97,11 +99,12 @@ class Loop:
         self.rows = Rows(task, cache, digests, plan, a.process_index, a.num_processes)
         self.share = config.batch // a.num_processes
         self.micro = min(config.micro_batch or self.share, self.share)
-        optimiser = optimisers.build(config, task.parameters())
+        optimiser = optimisers.build(config, task.train().parameters())
         self.model, self.optimiser = a.prepare(task, optimiser)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.average = optimisers.Average(self.parameters, config.ema) if config.ema else None
         self.progress = Progress()
+        self.losses: list[Tensor] = []  # of this process, since the last line of the log
         self.out = Path(config.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep, a.is_main_process, a.wait_for_everyone)
 
@@ -115,19 +118,19 @@ class Loop:
         bar = tqdm(
             total=config.steps, initial=progress.step, desc=config.task, disable=not self.accelerator.is_main_process
         )
-        began, seen, losses = time.monotonic(), 0, []
+        began, seen = time.monotonic(), 0
         while progress.step < config.steps:
             loss, norm = self.step(next(ahead))
-            losses.append(loss)
+            self.losses.append(loss)
             seen += config.batch
             bar.update()
             step = progress.step
             if step % config.log_every == 0 or step == config.steps:
                 speed = seen / (time.monotonic() - began)
-                mean = float(torch.stack(losses).nanmean())
+                mean = float(self._shared_losses().nanmean())
                 self._log(loss=mean, norm=norm, rate=optimisers.rate(config, step - 1), pictures_per_second=speed)
                 bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} pictures/s")
-                losses = []
+                self.losses = []
             if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
                 self.validate()
                 began, seen = time.monotonic(), 0
@@ -259,8 +262,19 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of this step."""
+        if self.losses:
+            self.losses = list(self._shared_losses())
+        self.progress.losses = [float(loss) for loss in self.losses]
+        self.checkpoints.write(self.progress.step, self._write_state, protected=self._best())
+
+    def _best(self) -> int | None:
+        """The step of the best validation."""
         best = self.progress.best.get("step")
-        self.checkpoints.write(self.progress.step, self._write_state, protected=None if best is None else int(best))
+        return None if best is None else int(best)
+
+    def _shared_losses(self) -> Tensor:
+        """The mean over all processes, for each step since the last line of the log."""
+        return self.accelerator.reduce(torch.stack(self.losses), "mean")
 
     def _write_state(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -284,18 +298,27 @@ class Loop:
         known = json.loads((folder / PROGRESS).read_text())
         self.micro = min(self.micro, known.pop("micro"))
         self.progress = Progress(**known)
+        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in self.progress.losses]
         if self.average is not None:
             self.average.load_state_dict(load_file(folder / AVERAGE))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.checkpoints.tidy(step, self._best())
         log.info("goes on from step %d", step)
 
     def finish(self) -> Path:
         """Write the result, whole or not at all."""
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        state = self.accelerator.get_state_dict(self.model) if sharded else None  # all processes take part
         if self.accelerator.is_main_process:
+            task = self.task if state is None else type(self.task)(self.config)
+            if state is not None:
+                task.load_state_dict(state)
             beside = self.out / ".result"
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            with self._learned():
-                self.task.save(beside)
+            with making(beside, self.checkpoints.told), self._learned():
+                task.save(beside)
             for path in sorted(beside.iterdir()):
                 target = self.out / path.name
                 if target.is_dir():
@@ -316,9 +339,18 @@ class Loop:
         path = self.out / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.progress.step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_whole(path, "".join(f"{line}\n" for line in kept))
         if self.config.tracker != "none":
-            self.accelerator.init_trackers("mahlstick", config=json.loads(self.config.to_json()))
+            self.accelerator.init_trackers("mahlstick", init_kwargs=self._tracker_options())
+
+    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+        """A run that goes on is the same run in the tracker, without what came after its checkpoint."""
+        step, fields = self.progress.step, json.loads(self.config.to_json())
+        resume = "allow" if step else "never"
+        return {
+            "tensorboard": {"purge_step": step + 1},
+            "trackio": {"name": self.out.resolve().name, "resume": resume, "config": fields, "embed": False},
+        }
 
     def _log(self, **values: float) -> None:
         if not self.accelerator.is_main_process:
@@ -347,7 +379,12 @@ def bucket(cache: FeatureCache, digest: str) -> tuple[Any, ...]:
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's view of this process, for one run: an earlier run's precision must not stick."""
+    """accelerate's view of this process, for one run: an earlier run's precision must not stick.
+
+    Raises ``MahlstickError`` where the tracker's package is missing.
+    """
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise MahlstickError(f"tracker: needs {config.tracker}; pip install {config.tracker}, or leave tracker out")
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -363,9 +400,18 @@ def check_processes(config: TrainConfig, task: Task, accelerator: Accelerator) -
         raise MahlstickError(
             f"batch: {config.batch} pictures do not divide among {accelerator.num_processes} processes"
         )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise MahlstickError(
+            "DeepSpeed takes its step inside of backward, where nothing can be checked or taken back; train with DDP "
+            "or FSDP2, see docs/distributed"
+        )
+    sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and config.ema:
-        raise MahlstickError("ema: is not kept under FSDP or DeepSpeed; leave it out, or train with DDP")
+        raise MahlstickError("ema: is not kept under FSDP; leave it out, or train with DDP")
+    if sharded and config.validate_every:
+        raise MahlstickError("validate_every: one process alone cannot run a sharded model; give 0, or train with DDP")
+    if sharded and config.task == "lora":
+        raise MahlstickError("lora: its few weights lie inside of the UNet and are not sharded; train with DDP")
     if task.whole_batch and config.micro_batch not in (None, config.batch // accelerator.num_processes):
         raise MahlstickError(f"micro_batch: {config.task} compares all pictures of a batch; leave micro_batch out")
 

@@ -18,6 +18,7 @@ import torch
 
 from mahlstick.errors import MahlstickError
 from mahlstick.training.cache import FeatureCache
+from mahlstick.training.checkpoint import write_whole
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example, read_dataset, split
 from mahlstick.training.loop import Loop, new_accelerator, out_of_memory
@@ -47,7 +48,7 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = FeatureCache(config.cache_folder, task.settings())
     task.to_encode(accelerator.device)
-    report = cache.fill(examples, task.encode, rank=rank, world=world, progress=accelerator.is_main_process)
+    cache.fill(examples, task.encode, rank=rank, world=world, progress=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     cache.refresh()
     loop = Loop(accelerator, task, cache, cache.select(learned), cache.select(held_out))
@@ -58,7 +59,8 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
         log.info("%s", estimate(loop))
     out = loop.run()
     if loop.accelerator.is_main_process:
-        (out / "README.md").write_text(card(config, task, learned, held_out, report.skipped, loop), encoding="utf-8")
+        skipped = len(examples) - len(cache.select(examples))
+        write_whole(out / "README.md", card(config, task, len(learned), len(held_out), skipped, loop))
     return out
 
 
@@ -103,9 +105,7 @@ def write_config(config: TrainConfig, examples: Sequence[Example]) -> None:
     known = {package: version(package) for package in PACKAGES}
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".{CONFIG}"
-    beside.write_text(json.dumps(facts(config, examples) | {"versions": known}, indent=1), encoding="utf-8")
-    beside.replace(out / CONFIG)
+    write_whole(out / CONFIG, json.dumps(facts(config, examples) | {"versions": known}, indent=1))
 
 
 def estimate(loop: Loop) -> str:
@@ -156,10 +156,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 
-def card(
-    config: TrainConfig, task: Task, learned: Sequence[Example], held_out: Sequence[Example],
-    skipped: Sequence[tuple[str, str]], loop: Loop,
-) -> str:  # fmt: skip
+def card(config: TrainConfig, task: Task, learned: int, held_out: int, skipped: int, loop: Loop) -> str:
     """The result's README.md: what was learned, from what, how, and how well."""
     lines = (loop.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     last: dict[str, float] = {}
@@ -170,8 +167,8 @@ def card(
     settings = json.dumps(json.loads(config.to_json()), indent=1)
     return f"""# {Path(config.out).name}
 
-A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained with mahlstick on {len(learned)} pictures
-({len(held_out)} held out, {len(skipped)} could not be read) for {loop.progress.step} steps of {config.batch};
+A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained with mahlstick on {learned} pictures
+({held_out} held out, {skipped} could not be read) for {loop.progress.step} steps of {config.batch};
 {loop.progress.skipped} steps were left out because a gradient was not finite.
 
 | last measured | |

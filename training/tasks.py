@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -218,7 +219,7 @@ def _caption(features: Features, lot: float) -> Features:
     """One of the example's captions by a lot in [0, 1)."""
     count = sum(name.startswith("text.") for name in features)
     k = min(int(lot * count), count - 1)
-    return {name: features[f"{name}.{k}"] for name in ("text", "pooled") if f"{name}.{k}" in features}
+    return {name: features[f"{name}.{k}"] for name in ("text", "pooled", "text_2") if f"{name}.{k}" in features}
 
 
 class ControlNetTask(DiffusionTask):
@@ -376,32 +377,82 @@ class BaseTask(DiffusionTask):
 
 
 class LoraTask(DiffusionTask):
-    """Low-rank updates of the UNet's attention (2106.09685) through peft."""
+    """Low-rank updates of the UNet's attention, and of the text encoders' with ``train_text`` (2106.09685), through
+    peft. Where the text encoders learn, token ids are cached and encoded in each step."""
 
     TARGETS: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
+    TEXT_TARGETS: ClassVar[list[str]] = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
-        from peft import LoraConfig
-
         super().__init__(config, pipe)
-        unet = self.pipe.unet.requires_grad_(False)
+        known = [name for name in self.frozen if name.startswith("text_encoder")] if config.train_text else []
+        self.encoders = {name: self.frozen[name] for name in known}
+        learning = {"unet": self.pipe.unet, **self.encoders}
+        for module in learning.values():
+            module.requires_grad_(False)
         if config.start is not None:
             self.pipe.load_lora_weights(config.start)
-        else:
-            torch.manual_seed(config.seed)
-            unet.add_adapter(
-                LoraConfig(
-                    r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=self.TARGETS
-                )
-            )
-        learned = {name: p for name, p in unet.named_parameters() if "lora_" in name}
-        self.lora = nn.ParameterDict({name.replace(".", "/"): p for name, p in learned.items()})
+        torch.manual_seed(config.seed)
+        for name, module in learning.items():
+            if not any("lora_" in inside for inside, _ in module.named_parameters()):
+                module.add_adapter(self._updates(name))
+        self.lora = nn.ParameterDict(
+            {f"{name}.{inside}".removeprefix("unet.").replace(".", "/"): p
+             for name, module in learning.items() for inside, p in module.named_parameters() if "lora_" in inside}
+        )  # fmt: skip
+
+    def _updates(self, name: str) -> Any:
+        from peft import LoraConfig
+
+        where: dict[str, Any] = {"target_modules": self.TARGETS}
+        if name != "unet":
+            # SDXL does not use its first encoder's last layer, which would stay without a gradient.
+            layers = self.encoders[name].config.num_hidden_layers - (len(self.encoders) == 2 and name == "text_encoder")
+            where = {"target_modules": self.TEXT_TARGETS, "layers_to_transform": list(range(layers)),
+                     "layers_pattern": "layers"}  # fmt: skip
+        return LoraConfig(r=self.config.rank, lora_alpha=self.config.rank, init_lora_weights="gaussian", **where)
+
+    def settings(self) -> dict[str, Any]:
+        known = super().settings()
+        if not self.config.train_text:
+            return known
+        return {name: value for name, value in known.items() if not name.startswith("text_enc")}
+
+    def _tokenizers(self) -> dict[str, Any]:
+        """By the names that their token ids have in a batch."""
+        found = {"text": getattr(self.pipe, "tokenizer", None), "text_2": getattr(self.pipe, "tokenizer_2", None)}
+        return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+
+    def _text(self, captions: list[str]) -> list[Features]:
+        """Each caption's token ids (length,) where they are encoded in the step."""
+        if not self.config.train_text:
+            return super()._text(captions)
+        ids = {name: token_ids(tokenizer, captions) for name, tokenizer in self._tokenizers().items()}
+        return [{name: rows[i] for name, rows in ids.items()} for i in range(len(captions))]
 
     def to_learn(self, device: torch.device, dtype: torch.dtype) -> None:
         super().to_learn(device, dtype)
+        for encoder in self.encoders.values():
+            cast_to(encoder, device, dtype)
         for p in self.lora.values():
             p.data = p.data.float()
             p.requires_grad_(True)
+
+    def forward(self, batch: Features) -> Tensor:
+        return super().forward(batch | self._encoded(batch) if self.config.train_text else batch)
+
+    def _encoded(self, batch: Features) -> Features:
+        """Token ids as the pipelines encode them: the last layer, or, in SDXL, both encoders' last but one."""
+        if len(self.encoders) == 1:
+            (encoder,), (name,) = self.encoders.values(), self._tokenizers()
+            return {"text": encoder(batch[name])[0]}
+        both = zip(self.encoders.values(), self._tokenizers(), strict=True)
+        first, second = (encoder(batch[name], output_hidden_states=True) for encoder, name in both)
+        text, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second[0]
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            said = (batch["text"] != self.empty["text"].to(text.device)).any(dim=1)
+            text, pooled = text * said.view(-1, 1, 1), pooled * said.view(-1, 1)
+        return {"text": text, "pooled": pooled}
 
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
         return cast(Tensor, self.pipe.unet(noised, t, **arguments).sample)
@@ -410,8 +461,12 @@ class LoraTask(DiffusionTask):
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.pipe.unet))
-        self.pipe.save_lora_weights(folder, unet_lora_layers=layers)
+        learned = {"unet": self.pipe.unet, **self.encoders}
+        layers = {
+            f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+            for name, module in learned.items()
+        }
+        self.pipe.save_lora_weights(folder, **layers)
 
 
 class VAETask(Task):
@@ -483,10 +538,7 @@ class CLIPTask(Task):
         made = []
         for example in examples:
             pixels = pipe.feature_extractor(images=example.load(), return_tensors="pt")["pixel_values"][0]
-            ids = pipe.tokenizer(
-                list(example.captions), padding="max_length", truncation=True,
-                max_length=pipe.tokenizer.model_max_length, return_tensors="pt",
-            ).input_ids  # fmt: skip
+            ids = token_ids(pipe.tokenizer, list(example.captions))
             made.append({"pixels": pixels, **{f"text.{k}": row for k, row in enumerate(ids)}})
         return made
 
@@ -496,10 +548,12 @@ class CLIPTask(Task):
     def forward(self, batch: Features) -> Tensor:
         image = F.normalize(self.image(pixel_values=batch["pixels"]).image_embeds.float(), dim=-1)
         text = F.normalize(self.text(batch["text"]).pooler_output.float(), dim=-1)
-        logits = self.log_scale.exp().clamp(max=100) * image @ text.T
-        own = torch.arange(len(logits), device=logits.device)
-        both = F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none")
-        return both / 2
+        # Validation runs in one process alone, which must not wait for the others.
+        images, texts, first = gathered(image, text) if self.training else (image, text, 0)
+        scale = self.log_scale.exp().clamp(max=100)
+        own = first + torch.arange(len(image), device=image.device)
+        both = F.cross_entropy(scale * image @ texts.T, own, reduction="none")
+        return (both + F.cross_entropy(scale * text @ images.T, own, reduction="none")) / 2
 
     def save(self, folder: Path) -> None:
         self.text.save_pretrained(folder / "text_encoder")
@@ -514,6 +568,16 @@ TASKS: dict[str, type[Task]] = {
     "vae": VAETask,
     "clip": CLIPTask,
 }
+
+
+def gathered(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both (B, dim) with the rows of all processes, gradients flowing back to each, and this process's first row."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return one, other, 0
+    from torch.distributed.nn.functional import all_gather
+
+    ones, others = torch.cat(all_gather(torch.stack([one, other], dim=1))).unbind(dim=1)
+    return ones, others, dist.get_rank() * len(one)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -537,6 +601,13 @@ def check_resolution(resolution: int, step: int) -> None:
 def cast_to(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """``module.to``, without the dtype where it is the same: diffusers warns of every cast."""
     return module.to(device) if module.dtype == dtype else module.to(device, dtype)
+
+
+def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
+    """(captions, length), filled up or cut to the encoder's length."""
+    length = tokenizer.model_max_length
+    found = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return cast(Tensor, found.input_ids)
 
 
 def fingerprint(module: nn.Module) -> str:
