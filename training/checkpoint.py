@@ -48,8 +48,8 @@ class Checkpoints:
             log.warning("%s: %s; going back to the checkpoint before it", self.path(step), fault)
         return None
 
-    def write(self, step: int, save: Callable[[Path], None], protected: int | None = None) -> None:
-        """Let ``save`` fill a folder beside, hash it, and rename it; then drop the oldest, but not ``protected``.
+    def write(self, step: int, save: Callable[[Path], None]) -> None:
+        """Let ``save`` fill a folder beside, hash it, and rename it; then drop the oldest.
 
         Raises ``MahlstickError`` where the disk is full; the checkpoints before it stay whole.
         """
@@ -66,12 +66,12 @@ class Checkpoints:
                 shutil.rmtree(self.path(step), ignore_errors=True)
                 beside.rename(self.path(step))
                 sync(self.folder)
-                self.tidy(protected)
+                self.tidy()
         self.wait()
 
-    def tidy(self, *protected: int | None) -> None:
-        """Remove all but the last whole checkpoints and ``protected``; also what a kill left half done."""
-        kept = {self.path(step) for step in (*self.steps()[-self.keep :], *protected) if step is not None}
+    def tidy(self, used: int | None = None) -> None:
+        """Remove all but the last whole checkpoints and the one in use; also what a kill left half done."""
+        kept = {self.path(step) for step in (*self.steps()[-self.keep :], used) if step is not None}
         for path in (*self.folder.glob("step-*"), self.folder / ".in-the-making"):
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)

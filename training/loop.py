@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,8 @@ from mahlstick.training.tasks import SCORE, Features, Task
 log = logging.getLogger(__name__)
 
 PATIENCE = 3  # steps in a row without a finite gradient
+PATIENCE_OF_A_SCALER = 20  # which finds its scale by leaving steps out
+HELD_OUT = 256  # held-out examples at most over which the loss is taken
 SAMPLES = 8  # held-out examples in a validation's picture grid
 AVERAGE, PROGRESS = "average.safetensors", "progress.json"
 
@@ -49,7 +51,6 @@ class Progress:
     step: int = 0
     bad: int = 0
     skipped: int = 0
-    best: dict[str, float] = field(default_factory=dict)  # score and step
     losses: list[float] = field(default_factory=list)  # of the steps since the last line of the log
 
 
@@ -94,6 +95,8 @@ class Loop:
         self.task, self.cache, self.held_out = task, cache, list(held_out)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         task.to_learn(a.device, self.dtype)
+        if config.gradient_checkpointing:
+            task.checkpoint_blocks()
         digests = [example.digest() for example in train]
         plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
         self.rows = Rows(task, cache, digests, plan, a.process_index, a.num_processes)
@@ -101,10 +104,13 @@ class Loop:
         self.micro = min(config.micro_batch or self.share, self.share)
         optimiser = optimisers.build(config, task.train().parameters())
         self.model, self.optimiser = a.prepare(task, optimiser)
+        if config.optimiser == "schedule-free":
+            self.optimiser.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.average = optimisers.Average(self.parameters, config.ema) if config.ema else None
         self.progress = Progress()
         self.losses: list[Tensor] = []  # of this process, since the last line of the log
+        self.scores: dict[int, float] = {}  # of the validations, by step
         self.out = Path(config.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep, a.is_main_process, a.wait_for_everyone)
 
@@ -113,6 +119,8 @@ class Loop:
     def run(self) -> Path:
         """Take every step that is left, and write the result; returns its folder."""
         self._start_log()
+        if self._validation_is_due():  # a kill came between this step's checkpoint and its validation
+            self.validate()
         ahead = self._batches()
         config, progress = self.config, self.progress
         bar = tqdm(
@@ -131,11 +139,11 @@ class Loop:
                 self._log(loss=mean, norm=norm, rate=optimisers.rate(config, step - 1), pictures_per_second=speed)
                 bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} pictures/s")
                 self.losses = []
-            if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
-                self.validate()
-                began, seen = time.monotonic(), 0
             if step % config.checkpoint_every == 0 or step == config.steps:
                 self.save()
+            if self._validation_is_due():
+                self.validate()
+                began, seen = time.monotonic(), 0
         bar.close()
         return self.finish()
 
@@ -149,11 +157,10 @@ class Loop:
         batch = {name: value.to(a.device, non_blocking=True) for name, value in batch.items()}
         loss = self.gradients(batch)
         norm = float(a.clip_grad_norm_(self.parameters, config.clip_norm))
-        # A scaler leaves steps out by itself while it looks for its scale; there only the loss tells.
-        whole = math.isfinite(norm) if a.scaler is None else bool(a.reduce(loss, "mean").isfinite())
-        if whole or a.scaler is not None:
+        finite = math.isfinite(norm)
+        if finite or a.scaler is not None:  # a scaler leaves the step out by itself, and learns from it
             self.optimiser.step()
-        if whole:
+        if finite and not self.optimiser.step_was_skipped:
             progress.bad = 0
             if self.average is not None:
                 self.average.update(progress.step)
@@ -163,16 +170,17 @@ class Loop:
             log.warning("step %d: the gradient is not finite; the step is left out", progress.step)
         self.optimiser.zero_grad(set_to_none=True)
         progress.step += 1
-        if progress.bad >= PATIENCE:
-            last = self.checkpoints.newest()
-            back = (
-                f"the last good checkpoint is {self.checkpoints.path(last)}" if last else "there is no checkpoint yet"
-            )
-            raise MahlstickError(
-                f"step {progress.step}: {PATIENCE} steps in a row without a finite gradient; {back}: "
-                "go on from it with a smaller rate, or precision = 'fp32'"
-            )
+        if progress.bad >= (PATIENCE if a.scaler is None else PATIENCE_OF_A_SCALER):
+            self._give_up()
         return loss, norm
+
+    def _give_up(self) -> NoReturn:
+        last = self.checkpoints.newest()
+        back = f"the last good checkpoint is {self.checkpoints.path(last)}" if last else "there is no checkpoint yet"
+        raise MahlstickError(
+            f"step {self.progress.step}: {self.progress.bad} steps in a row without a finite gradient; {back}: "
+            "go on from it with a smaller rate, or precision = 'fp32'"
+        )
 
     def gradients(self, batch: Features) -> Tensor:
         """Gradients of the mean loss over this process's rows, micro-batch by micro-batch; → that loss."""
@@ -217,23 +225,40 @@ class Loop:
 
     # ---- knowing
 
+    def _validation_is_due(self) -> bool:
+        every, step = self.config.validate_every, self.progress.step
+        now = bool(every and step) and (step % every == 0 or step == self.config.steps)
+        return now and bool(self.held_out) and step not in self.scores
+
     def validate(self) -> None:
-        """Loss on the held-out examples with draws that never change, the task's own figures, and a picture grid."""
-        if not self.held_out or not self.accelerator.is_main_process:
-            self.accelerator.wait_for_everyone()
-            return
-        with self._learned(), torch.no_grad():
-            figures = {"held_out_loss": self._held_out_loss()}
-            self.task.to_encode(self.accelerator.device)
-            more, rows = self.task.sample(self.held_out[:SAMPLES])
+        """Loss on held-out examples with draws that never change, the task's own figures, and a picture grid. The best
+        so far is written to ``out/best``, before the log says so: a kill between the two has it made again."""
+        step, score = self.progress.step, 0.0
+        if self.accelerator.is_main_process:
+            with self._learned(), torch.no_grad():
+                figures = {"held_out_loss": self._held_out_loss()} | self._samples()
+                score = figures.setdefault(SCORE, -figures["held_out_loss"])
+                if score > max(self.scores.values(), default=-math.inf):
+                    self._write_result(self.out / "best")
+            self._log(**figures)
+        self.scores[step] = score
+        self.accelerator.wait_for_everyone()
+
+    def _samples(self) -> dict[str, float]:
+        """The task's own figures. A run does not end because its pictures could not be made."""
+        self.task.to_encode(self.accelerator.device)
+        try:
+            figures, rows = self.task.sample(self.held_out[:SAMPLES])
+        except (MahlstickError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MahlstickError) or out_of_memory(error)):
+                raise
+            log.warning("step %d: no samples (%s)", self.progress.step, str(error).splitlines()[0])
+            return {}
+        finally:
             self.task.to_learn(self.accelerator.device, self.dtype)
         if rows:
             save_grid(rows, self.out / "samples" / f"step-{self.progress.step:08d}.png")
-        score = more.pop(SCORE, -figures["held_out_loss"])
-        if score > self.progress.best.get("score", -math.inf):
-            self.progress.best = {"score": score, "step": self.progress.step}
-        self._log(**figures, **more)
-        self.accelerator.wait_for_everyone()
+        return figures
 
     @contextmanager
     def _learned(self) -> Iterator[None]:
@@ -249,14 +274,23 @@ class Loop:
         self.task.train()
 
     def _held_out_loss(self) -> float:
-        config, losses = self.config, []
-        for i, example in enumerate(self.held_out):
-            row = self.task.draw(self.cache[example.digest()], generator(config.seed, i, "held out"))
-            row["u"] = torch.tensor((i + 0.5) / len(self.held_out))
-            batch = {name: value[None].to(self.accelerator.device) for name, value in row.items()}
-            with self.accelerator.autocast():
-                losses.append(float(self.task(batch).mean()))
-        return sum(losses) / len(losses)
+        """The mean over at most ``HELD_OUT`` rows, in batches of one size each."""
+        by_bucket: dict[tuple[Any, ...], list[int]] = {}
+        digests = [example.digest() for example in self.held_out[:HELD_OUT]]
+        for i, digest in enumerate(digests):
+            by_bucket.setdefault(bucket(self.cache, digest), []).append(i)
+        most, losses = self.config.batch if self.task.whole_batch else self.micro, []
+        for indices in by_bucket.values():
+            for part in torch.tensor(indices).tensor_split(math.ceil(len(indices) / most)):
+                rows = [self._held_out_row(i, digests) for i in part.tolist()]
+                batch = {name: value.to(self.accelerator.device) for name, value in stacked(rows).items()}
+                with self.accelerator.autocast():
+                    losses.append(self.task(batch).float())
+        return float(torch.cat(losses).mean())
+
+    def _held_out_row(self, i: int, digests: Sequence[str]) -> Features:
+        row = self.task.draw(self.cache[digests[i]], generator(self.config.seed, i, "held out"))
+        return row | {"u": torch.tensor((i + 0.5) / len(digests))}
 
     # ---- keeping
 
@@ -265,12 +299,7 @@ class Loop:
         if self.losses:
             self.losses = list(self._shared_losses())
         self.progress.losses = [float(loss) for loss in self.losses]
-        self.checkpoints.write(self.progress.step, self._write_state, protected=self._best())
-
-    def _best(self) -> int | None:
-        """The step of the best validation."""
-        best = self.progress.best.get("step")
-        return None if best is None else int(best)
+        self.checkpoints.write(self.progress.step, self._write_state)
 
     def _shared_losses(self) -> Tensor:
         """The mean over all processes, for each step since the last line of the log."""
@@ -296,14 +325,15 @@ class Loop:
         folder = self.checkpoints.path(step)
         self.accelerator.load_state(str(folder))
         known = json.loads((folder / PROGRESS).read_text())
-        self.micro = min(self.micro, known.pop("micro"))
+        micro = known.pop("micro")  # as an out-of-memory error may have left it, unless the config says otherwise
+        self.micro = self.micro if self.config.micro_batch else min(self.micro, micro)
         self.progress = Progress(**known)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in self.progress.losses]
         if self.average is not None:
             self.average.load_state_dict(load_file(folder / AVERAGE))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.checkpoints.tidy(step, self._best())
+            self.checkpoints.tidy(step)
         log.info("goes on from step %d", step)
 
     def finish(self) -> Path:
@@ -315,10 +345,8 @@ class Loop:
             if state is not None:
                 task.load_state_dict(state)
             beside = self.out / ".result"
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            with making(beside, self.checkpoints.told), self._learned():
-                task.save(beside)
+            with self._learned():
+                self._write_result(beside, task)
             for path in sorted(beside.iterdir()):
                 target = self.out / path.name
                 if target.is_dir():
@@ -329,19 +357,31 @@ class Loop:
         self.accelerator.end_training()
         return self.out
 
+    def _write_result(self, folder: Path, task: Task | None = None) -> None:
+        """What was learned, in a folder that is there whole or not at all."""
+        beside = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        with making(beside, self.checkpoints.told):
+            (task or self.task).save(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
     # ---- telling
 
     def _start_log(self) -> None:
-        """Keep of an earlier log what happened before this step."""
-        if not self.accelerator.is_main_process:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Keep of an earlier log what happened before this step, and read the scores from it."""
         path = self.out / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.progress.step]
-        write_whole(path, "".join(f"{line}\n" for line in kept))
-        if self.config.tracker != "none":
-            self.accelerator.init_trackers("mahlstick", init_kwargs=self._tracker_options())
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= self.progress.step]
+            write_whole(path, "".join(f"{line}\n" for line in kept))
+            if self.config.tracker != "none":
+                self.accelerator.init_trackers("mahlstick", init_kwargs=self._tracker_options())
+        self.accelerator.wait_for_everyone()
+        told = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.scores = {line["step"]: line[SCORE] for line in told if SCORE in line}
 
     def _tracker_options(self) -> dict[str, dict[str, Any]]:
         """A run that goes on is the same run in the tracker, without what came after its checkpoint."""
@@ -356,7 +396,8 @@ class Loop:
         if not self.accelerator.is_main_process:
             return
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.progress.step, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": self.progress.step, **finite}) + "\n")
         self.accelerator.log(values, step=self.progress.step)
 
 

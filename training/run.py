@@ -24,13 +24,19 @@ from mahlstick.training.data import Example, read_dataset, split
 from mahlstick.training.loop import Loop, new_accelerator, out_of_memory
 from mahlstick.training.tasks import TASKS, Task
 
+NO_MEMORY = (
+    "out of memory; try a smaller --micro-batch, --gradient-checkpointing, --precision bf16, a smaller --resolution, "
+    "or --optimiser adamw8bit"
+)
+
 log = logging.getLogger(__name__)
 
 CONFIG = "training.json"
 PACKAGES = ("mahlstick", "torch", "diffusers", "transformers", "accelerate", "safetensors", "peft")
-# Fields that a run may change when it goes on: none of them changes what an earlier step did.
-FREE = {"out", "cache", "steps", "keep", "checkpoint_every", "validate_every", "log_every", "tracker", "workers",
-        "micro_batch"}  # fmt: skip
+# Fields that a run may change when it goes on: none of them changes what an earlier step did. (Folders may have moved;
+# what is in them may not have changed.)
+FREE = {"data", "control", "reference", "out", "cache", "steps", "micro_batch", "workers", "keep", "checkpoint_every",
+        "validate_every", "log_every", "tracker"}  # fmt: skip
 
 
 def train(config: TrainConfig, pipe: Any = None) -> Path:
@@ -57,7 +63,14 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     loop.resume()
     if loop.progress.step < config.steps:
         log.info("%s", estimate(loop))
-    out = loop.run()
+    try:
+        out = loop.run()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MahlstickError(
+            f"step {loop.progress.step}: {NO_MEMORY}; the command goes on from the last checkpoint"
+        ) from error
     if loop.accelerator.is_main_process:
         skipped = len(examples) - len(cache.select(examples))
         write_whole(out / "README.md", card(config, task, len(learned), len(held_out), skipped, loop))
@@ -85,7 +98,8 @@ def check_folder(config: TrainConfig, examples: Sequence[Example]) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         was, now = before["config"], facts(config, examples)
-        changed = [name for name, value in now["config"].items() if name not in FREE and was.get(name) != value]
+        free = FREE if config.schedule == "constant" else FREE - {"steps"}  # on which the rates of earlier steps depend
+        changed = [name for name, value in now["config"].items() if name not in free and was.get(name) != value]
     except (ValueError, KeyError, TypeError) as error:
         raise MahlstickError(f"{path}: is damaged ({error}); give another --out, or remove the folder") from error
     if changed:
@@ -122,10 +136,7 @@ def estimate(loop: Loop) -> str:
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise MahlstickError(
-            f"out of memory with {loop.micro} pictures at once; try --gradient-checkpointing, --precision bf16, a "
-            "smaller --resolution, or --optimiser adamw8bit"
-        ) from error
+        raise MahlstickError(f"with {loop.micro} pictures at once: {NO_MEMORY}") from error
     finally:
         loop.optimiser.zero_grad(set_to_none=True)
     seconds = (time.monotonic() - began) * (loop.config.steps - loop.progress.step)
@@ -156,13 +167,22 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 
+def _best(scores: dict[int, float]) -> str:
+    if not scores:
+        return ""
+    step = max(scores, key=lambda known: scores[known])
+    return f"`best/` holds the weights of step {step}, which scored highest of {len(scores)} validations.\n\n"
+
+
 def card(config: TrainConfig, task: Task, learned: int, held_out: int, skipped: int, loop: Loop) -> str:
     """The result's README.md: what was learned, from what, how, and how well."""
     lines = (loop.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     last: dict[str, float] = {}
     for line in lines:
         last |= json.loads(line)
-    figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(last.items()) if name != "step")
+    figures = "\n".join(
+        f"| {name} | {value:.4g} |" for name, value in sorted(last.items()) if name != "step" and value is not None
+    )
     count = sum(p.numel() for p in task.parameters() if p.requires_grad)
     settings = json.dumps(json.loads(config.to_json()), indent=1)
     return f"""# {Path(config.out).name}
@@ -175,6 +195,7 @@ A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained wit
 |---|---|
 {figures}
 
+{_best(loop.scores)}
 Say here where the pictures came from and under which licence the weights may be used.
 
 ```json

@@ -81,15 +81,35 @@ class Task(nn.Module, ABC):
     def to_encode(self, device: torch.device) -> None:
         """Place the frozen modules for :meth:`encode`, in full precision."""
         for module in self.frozen.values():
-            cast_to(module, device, torch.float32).eval().requires_grad_(False)
+            self._place(module.eval(), device, torch.float32)
 
     def to_learn(self, device: torch.device, dtype: torch.dtype) -> None:
         """Place the frozen modules for the steps: the UNet where they are taken, the encoders out of the way."""
         for name, module in self.frozen.items():
             if name == "unet":
-                cast_to(module, device, dtype)
+                self._place(module, device, dtype)
             else:
                 module.to("cpu")
+
+    def _place(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Move a module. What is learned of it keeps its precision: rounded once, it would stay so."""
+        learned = {id(p) for p in self.parameters()}
+        module.to(device)
+        for p in module.parameters():
+            if id(p) not in learned:
+                p.requires_grad_(False).data = p.data.to(dtype)
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(dtype)
+
+    def checkpoint_blocks(self) -> None:
+        """Recompute the activations of all nets' blocks in the backward pass instead of keeping them."""
+        module: Any
+        for net in (self, *self.frozen.values()):
+            for module in net.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = True
+                    module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     @property
     def device(self) -> torch.device:
@@ -234,8 +254,6 @@ class ControlNetTask(DiffusionTask):
             widths = (16, 32, 96, 256)[: halvings + 1]
             self.net = ControlNet.from_unet(self.pipe.unet, conditioning_embedding_out_channels=widths)
         self.net.requires_grad_(True)
-        if config.gradient_checkpointing:
-            checkpoint_blocks(self.net)
 
     def settings(self) -> dict[str, Any]:
         how = {"annotator": self.config.annotator, "options": self.config.annotator_options}
@@ -357,10 +375,8 @@ class BaseTask(DiffusionTask):
         if config.start == "scratch":
             unet = type(unet).from_config(unet.config)
         elif config.start is not None:
-            unet = type(unet).from_pretrained(config.start)
+            unet = type(unet).from_pretrained(check_folder(config.start))
         self.pipe.unet = self.trained = cast(Any, unet).float().train().requires_grad_(True)
-        if config.gradient_checkpointing:
-            self.trained.enable_gradient_checkpointing()
 
     def check_prediction(self) -> None:
         """It may be taught to predict something else."""
@@ -385,13 +401,13 @@ class LoraTask(DiffusionTask):
 
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
         super().__init__(config, pipe)
-        known = [name for name in self.frozen if name.startswith("text_encoder")] if config.train_text else []
-        self.encoders = {name: self.frozen[name] for name in known}
+        encoders = {name: part for name, part in self.frozen.items() if name.startswith("text_encoder")}
+        self.encoders = encoders if config.train_text else {}
         learning = {"unet": self.pipe.unet, **self.encoders}
         for module in learning.values():
             module.requires_grad_(False)
         if config.start is not None:
-            self.pipe.load_lora_weights(config.start)
+            self._start(config.start)
         torch.manual_seed(config.seed)
         for name, module in learning.items():
             if not any("lora_" in inside for inside, _ in module.named_parameters()):
@@ -400,6 +416,20 @@ class LoraTask(DiffusionTask):
             {f"{name}.{inside}".removeprefix("unet.").replace(".", "/"): p
              for name, module in learning.items() for inside, p in module.named_parameters() if "lora_" in inside}
         )  # fmt: skip
+
+    def _start(self, source: str) -> None:
+        """Go on from a LoRA. Raises ``MahlstickError`` where it holds another rank, scale or part than is learned."""
+        self.pipe.load_lora_weights(source, adapter_name="default")
+        if not self.config.train_text and any(
+            name.startswith("text_encoder") and hasattr(part, "peft_config") for name, part in self.frozen.items()
+        ):
+            raise MahlstickError(f"start: {source} holds text encoders' layers too; add --train-text")
+        known = self.pipe.unet.peft_config["default"]
+        if known.r != self.config.rank:
+            raise MahlstickError(f"rank: {source} has {known.r}, not {self.config.rank}; give --rank {known.r}")
+        if known.lora_alpha != known.r:
+            raise MahlstickError(f"start: {source} scales its layers by {known.lora_alpha}/{known.r}, which its result"
+                                 " could not say; go on from one that is not scaled")  # fmt: skip
 
     def _updates(self, name: str) -> Any:
         from peft import LoraConfig
@@ -433,10 +463,7 @@ class LoraTask(DiffusionTask):
     def to_learn(self, device: torch.device, dtype: torch.dtype) -> None:
         super().to_learn(device, dtype)
         for encoder in self.encoders.values():
-            cast_to(encoder, device, dtype)
-        for p in self.lora.values():
-            p.data = p.data.float()
-            p.requires_grad_(True)
+            self._place(encoder, device, dtype)
 
     def forward(self, batch: Features) -> Tensor:
         return super().forward(batch | self._encoded(batch) if self.config.train_text else batch)
@@ -480,7 +507,7 @@ class VAETask(Task):
         if config.start == "scratch":
             vae = type(vae).from_config(vae.config)
         elif config.start is not None:
-            vae = type(vae).from_pretrained(config.start)
+            vae = type(vae).from_pretrained(check_folder(config.start))
         self.vae = vae.float().train().requires_grad_(True)
         self.resolution = config.resolution or int(vae.config.sample_size)
         check_resolution(self.resolution, 2 ** (len(vae.config.block_out_channels) - 1))
@@ -525,6 +552,11 @@ class CLIPTask(Task):
         text, image = self.pipe.text_encoder, self.pipe.image_encoder
         if config.start == "scratch":
             text, image = type(text)(text.config), type(image)(image.config)
+        elif config.start is not None:
+            text, image = (
+                part.from_pretrained(check_folder(config.start, name))
+                for part, name in ((type(text), "text_encoder"), (type(image), "image_encoder"))
+            )
         self.text, self.image = (net.float().train().requires_grad_(True) for net in (text, image))
         self.log_scale = nn.Parameter(torch.tensor(2.6593))  # ln(1/0.07)
 
@@ -590,17 +622,20 @@ def vocabulary(tokenizer: Any) -> str:
     return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+def check_folder(start: str, part: str = "") -> Path:
+    """The folder of a model to go on from. Raises ``MahlstickError`` where there is none."""
+    folder = Path(start).expanduser() / part
+    if not (folder / "config.json").is_file():
+        raise MahlstickError(f"start: {folder} holds no model; give the folder of an earlier result")
+    return folder
+
+
 def check_resolution(resolution: int, step: int) -> None:
     """Raise ``MahlstickError`` for a side that the base's nets cannot halve as often as they do."""
     if resolution % step:
         below = resolution // step * step
         near = " or ".join(str(side) for side in (below, below + step) if side)
         raise MahlstickError(f"resolution: {resolution} is no multiple of {step}, which this base needs; give {near}")
-
-
-def cast_to(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """``module.to``, without the dtype where it is the same: diffusers warns of every cast."""
-    return module.to(device) if module.dtype == dtype else module.to(device, dtype)
 
 
 def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
@@ -617,12 +652,3 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def checkpoint_blocks(net: nn.Module) -> None:
-    """Recompute the activations of a net's blocks in the backward pass instead of keeping them."""
-    module: Any
-    for module in net.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
