@@ -1,9 +1,10 @@
 """Training a ControlNet here and as diffusers' ``examples/controlnet/train_controlnet.py`` does it, side by side:
-``python -m benchmarks.train_throughput [tiny] [sd15] [--repeats N] [--precision no|bf16]``.
+``python -m benchmarks.train_throughput [tiny] [sd15] [--resolution N] [--batch N] [--steps N] [--repeats N]``.
 
-The peer is that script's loop in its default settings, written down anew, and with ``--set_grads_to_none``, which
-takes less memory. Both learn from the same files, on the same random base, in the same precision, each time in a fresh
-process and by turns, so that other work on the machine slows both. The table goes to docs/throughput.md.
+The peer is that script's loop in its published settings, written down anew: once as it stands, once with its
+``--set_grads_to_none``, which takes less memory. All learn from the same files on the same random base in the same
+precision, each in a fresh process. The tiny ones take their steps by turns; of SD 1.5 one is in memory at a time, and
+the repeats go by turns. The table goes to docs/throughput.md when no shape and no size is chosen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,12 +53,13 @@ class Shape:
     """A base, and how much of it is run. The first ``warm`` of the ``steps`` are not counted."""
 
     name: str
-    parts: Callable[[], dict[str, Any]]
+    parts: str
     widths: tuple[int, ...]  # of the ControlNet's hint encoder
     resolution: int
     batch: int
     steps: int
     warm: int
+    by_turns: bool  # whether the contenders are in memory together
 
 
 def sd15() -> dict[str, Any]:
@@ -77,9 +82,11 @@ def sd15() -> dict[str, Any]:
     }
 
 
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"tiny": partial(tiny.components, "sd1"), "sd15": sd15}
+
 SHAPES = {
-    "tiny": Shape("tiny", lambda: tiny.components("sd1"), (16, 32, 96, 256), tiny.SIZE, 4, 60, 10),
-    "sd15": Shape("SD 1.5", sd15, (16, 32, 96, 256), 256, 4, 4, 1),
+    "tiny": Shape("tiny", "tiny", (16, 32, 96, 256), tiny.SIZE, 4, 40, 5, True),
+    "sd15": Shape("SD 1.5", "sd15", (16, 32, 96, 256), 256, 4, 3, 1, False),
 }
 
 
@@ -125,9 +132,9 @@ class Folder(torch.utils.data.Dataset[dict[str, Any]]):
         }
 
 
-def peer(shape: Shape, data: Path, out: Path, precision: str) -> Iterator[float]:
+def peer(shape: Shape, data: Path, out: Path, precision: str, set_to_none: bool = False) -> Iterator[float]:
     accelerator = Accelerator(mixed_precision=precision)
-    parts = shape.parts()
+    parts = PARTS[shape.parts]()
     vae, text_encoder, unet = (parts[name].requires_grad_(False) for name in ("vae", "text_encoder", "unet"))
     noises = diffusers.DDPMScheduler.from_config(parts["scheduler"].config)
     net = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=shape.widths).train()
@@ -157,7 +164,7 @@ def peer(shape: Shape, data: Path, out: Path, precision: str) -> Iterator[float]
             accelerator.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
             rates.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad(set_to_none=set_to_none)
         return loss.item()
 
     yield 0.0
@@ -173,7 +180,7 @@ def ours(shape: Shape, data: Path, out: Path, precision: str) -> Iterator[float]
         task="controlnet", data=str(data), out=str(out), resolution=shape.resolution, batch=shape.batch,
         precision=precision, held_out=0.0, **PUBLISHED,
     )  # fmt: skip
-    pipe = diffusers.StableDiffusionPipeline(**shape.parts())
+    pipe = diffusers.StableDiffusionPipeline(**PARTS[shape.parts]())
     task = ControlNetTask(config, tiny.quiet(pipe))
     accelerator, examples = new_accelerator(config), read_dataset(data)
     cache = FeatureCache(config.cache_folder, task.settings())
@@ -188,7 +195,7 @@ def ours(shape: Shape, data: Path, out: Path, precision: str) -> Iterator[float]
         yield time.perf_counter() - began
 
 
-CONTENDERS = {"peer": peer, "ours": ours}
+CONTENDERS = {"mahlstick": ours, "diffusers": peer, "diffusers, lean": partial(peer, set_to_none=True)}
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -201,40 +208,121 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(name: str, shape: Shape, data: Path, out: Path, precision: str) -> dict[str, float]:
-    """One contender's steps, in this process."""
+def serve(name: str, shape: Shape, data: str, out: str, precision: str) -> None:
+    """One contender in this process: takes a step for each line that comes in, and tells what it took."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
     libraries = peak_memory()
-    run = CONTENDERS[name](shape, data, out, precision)
-    encode, *seconds = [next(run) for _ in range(shape.steps + 1)]
-    speed = shape.batch / median(seconds[shape.warm :])
-    return {"encode": encode, "speed": speed, "peak": peak_memory(), "libraries": libraries}
+    run = CONTENDERS[name](shape, Path(data), Path(out), precision)
+    for _ in sys.stdin:
+        before = time.process_time()
+        wall = next(run)
+        told = {"wall": wall, "cpu": time.process_time() - before, "peak": peak_memory(), "libraries": libraries}
+        print(json.dumps(told), flush=True)
 
 
-def in_fresh_process(name: str, shape: str, data: Path, precision: str) -> dict[str, float]:
+@contextmanager
+def served(name: str, shape: Shape, data: Path, precision: str) -> Iterator[Callable[[], dict[str, float]]]:
+    """A contender in a fresh process, as a function that has it take a step."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", __spec__.name, "--one", name, shape, str(data), out, precision]
-        told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
-    return json.loads(told.stdout.splitlines()[-1])
+        told = json.dumps([name, asdict(shape), str(data), out, precision])
+        command = [sys.executable, "-m", "benchmarks.train_throughput", "--serve", told]
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads on busy cores wait for each other
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=alone)
+        assert child.stdin is not None and child.stdout is not None
+
+        def step() -> dict[str, float]:
+            child.stdin.write("\n")
+            child.stdin.flush()
+            return json.loads(child.stdout.readline())
+
+        yield step
+        child.stdin.close()
+        child.wait()
+
+
+def compare(shape: Shape, repeats: int, precision: str) -> dict[str, list[dict[str, float]]]:
+    """For each contender a record of each repeat: seconds a picture by the clock and the processor, and memory."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        write_pictures(data, shape.resolution, 4 * shape.batch)
+        together = [list(CONTENDERS)] if shape.by_turns else [[name] for name in CONTENDERS]
+        for _, names in product(range(repeats), together):
+            with ExitStack() as stack:
+                steps = {name: stack.enter_context(served(name, shape, data, precision)) for name in names}
+                taken = {name: [step()] for name, step in steps.items()}  # builds, and encodes
+                for _, (name, step) in product(range(shape.steps), steps.items()):
+                    taken[name].append(step())
+            for name in names:
+                found[name].append(record(taken[name], shape))
+                print(name, found[name][-1], flush=True)
+    return found
+
+
+def record(taken: list[dict[str, float]], shape: Shape) -> dict[str, float]:
+    first, counted = taken[0], taken[1 + shape.warm :]
+    seconds = {clock: median(step[clock] for step in counted) / shape.batch for clock in ("wall", "cpu")}
+    return seconds | {"encode": first["wall"], "peak": taken[-1]["peak"], "libraries": first["libraries"]}
+
+
+def rows(shape: Shape, found: dict[str, list[dict[str, float]]], precision: str) -> Iterator[str]:
+    """The table's lines: a contender's medians, and how mahlstick's are to them."""
+    mine = found["mahlstick"]
+    for name, theirs in found.items():
+
+        def ratio(measure: Callable[[dict[str, float]], float], theirs: list[dict[str, float]] = theirs) -> str:
+            return f"{median(measure(a) / measure(b) for a, b in zip(theirs, mine, strict=True)):.2f}"
+
+        one = {key: median(record[key] for record in theirs) for key in theirs[0]}
+        cells = [
+            f"{shape.name}, {shape.resolution} px, batch {shape.batch}, {PRECISIONS[precision]}", name,
+            f"{1 / one['wall']:.3g}", ratio(lambda r: r["wall"]), ratio(lambda r: r["cpu"]),
+            ratio(lambda r: r["wall"] + r["encode"] / EPOCHS),
+            f"{one['peak'] / 2**20:.0f}", f"{(one['peak'] - one['libraries']) / 2**20:.0f}",
+            f"{1 / float(ratio(lambda r: r['peak'])):.2f}",
+            f"{1 / float(ratio(lambda r: r['peak'] - r['libraries'])):.2f}",
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
+
+HEAD = f"""# Training throughput
+
+Made by `python -m benchmarks.train_throughput`: a ControlNet trained by mahlstick and by the loop of diffusers'
+`examples/controlnet/train_controlnet.py` in its published settings (as it stands, and *lean*: with
+`--set_grads_to_none`). Random weights of the real shapes, the same files, batch and precision, each loop in a fresh
+process of one thread on a machine of two CPU cores that other work shares.
+
+The ratios are mahlstick's to that line: speed by the clock, by the processor's time, and by the clock with the
+encoding of the pictures, which mahlstick does once, spread over {EPOCHS} epochs. The pictures have the size that is
+trained on, so nothing is scaled. Memory is the process' largest resident size; *beyond* leaves out what the libraries
+take before there is a model. Validation and checkpoints are not in it.
+
+| base | loop | pictures/s | speed | by processor | with encoding | peak MiB | beyond | ratio | beyond |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--one"]:
-        logging.getLogger("diffusers").setLevel(logging.ERROR)
-        name, shape, data, out, precision = sys.argv[2:]
-        print(json.dumps(measure(name, SHAPES[shape], Path(data), Path(out), precision)))
+    if sys.argv[1:2] == ["--serve"]:
+        name, shape, *rest = json.loads(sys.argv[2])
+        serve(name, Shape(**shape), *rest)
         return
     flags = argparse.ArgumentParser(prog="python -m benchmarks.train_throughput", description=__doc__)
-    flags.add_argument("shapes", nargs="*", choices=[*SHAPES, []], default=[])
+    flags.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; left out, all")
+    for name in ("resolution", "batch", "steps"):
+        flags.add_argument(f"--{name}", type=int)
     flags.add_argument("--repeats", type=int, default=3)
-    flags.add_argument("--precision", choices=["no", "bf16"], default="no")
+    flags.add_argument("--precision", choices=[*PRECISIONS], default="no")
     given = flags.parse_args()
+    changes = {name: value for name in ("resolution", "batch", "steps") if (value := getattr(given, name)) is not None}
+    table = [HEAD]
     for name in given.shapes or SHAPES:
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "data"
-            write_pictures(data, SHAPES[name].resolution, 4 * SHAPES[name].batch)
-            for _ in range(given.repeats):
-                for contender in CONTENDERS:
-                    print(name, contender, in_fresh_process(contender, name, data, given.precision), flush=True)
+        shape = replace(SHAPES[name], **changes)
+        table += rows(shape, compare(shape, given.repeats, given.precision), given.precision)
+    print("\n".join(table))
+    if not given.shapes and not changes:
+        (ROOT / "docs" / "throughput.md").write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -515,9 +515,9 @@ def cast_to(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def rest(module: nn.Module) -> None:
-    """Lay a module's weights in a file that is mapped in their place: they take memory again when they are used."""
-    weights = {str(i): p for i, p in enumerate(module.parameters())}  # which are each given once, also where shared
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the mapping outlives the file's name
+    """Lay a module's frozen weights in a file, mapped in their place: they take memory again when they are used."""
+    weights = {str(i): p for i, p in enumerate(module.parameters()) if not p.requires_grad}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the mapping outlives its file's name
         save_file({name: p.contiguous() for name, p in weights.items()}, Path(folder) / "weights.safetensors")
         for name, value in load_file(Path(folder) / "weights.safetensors").items():
             weights[name].data = value
