@@ -235,9 +235,11 @@ def served(name: str, shape: Shape, data: Path, precision: str) -> Iterator[Call
             child.stdin.flush()
             return json.loads(child.stdout.readline())
 
-        yield step
-        child.stdin.close()
-        child.wait()
+        try:
+            yield step
+        finally:
+            child.stdin.close()
+            child.wait()
 
 
 def compare(shape: Shape, repeats: int, precision: str) -> dict[str, list[dict[str, float]]]:
@@ -270,17 +272,16 @@ def rows(shape: Shape, found: dict[str, list[dict[str, float]]], precision: str)
     mine = found["mahlstick"]
     for name, theirs in found.items():
 
-        def ratio(measure: Callable[[dict[str, float]], float], theirs: list[dict[str, float]] = theirs) -> str:
-            return f"{median(measure(a) / measure(b) for a, b in zip(theirs, mine, strict=True)):.2f}"
+        def share(measure: Callable[[dict[str, float]], float], theirs: list[dict[str, float]] = theirs) -> float:
+            return median(measure(a) / measure(b) for a, b in zip(mine, theirs, strict=True))
 
         one = {key: median(record[key] for record in theirs) for key in theirs[0]}
         cells = [
             f"{shape.name}, {shape.resolution} px, batch {shape.batch}, {PRECISIONS[precision]}", name,
-            f"{1 / one['wall']:.3g}", ratio(lambda r: r["wall"]), ratio(lambda r: r["cpu"]),
-            ratio(lambda r: r["wall"] + r["encode"] / EPOCHS),
+            f"{1 / one['wall']:.3g}", f"{1 / share(lambda r: r['wall']):.2f}", f"{1 / share(lambda r: r['cpu']):.2f}",
+            f"{1 / share(lambda r: r['wall'] + r['encode'] / EPOCHS):.2f}",
             f"{one['peak'] / 2**20:.0f}", f"{(one['peak'] - one['libraries']) / 2**20:.0f}",
-            f"{1 / float(ratio(lambda r: r['peak'])):.2f}",
-            f"{1 / float(ratio(lambda r: r['peak'] - r['libraries'])):.2f}",
+            f"{share(lambda r: r['peak']):.2f}", f"{share(lambda r: r['peak'] - r['libraries']):.2f}",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
