@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import mahlstick as ms
 from benchmarks import tiny
+from benchmarks.full_size import resident
 from mahlstick.training.cache import FeatureCache
 from mahlstick.training.checkpoint import Checkpoints
 from mahlstick.training.config import TrainConfig, from_flags
@@ -28,7 +29,7 @@ from mahlstick.training.data import read_dataset
 from mahlstick.training.loop import Loop, new_accelerator
 from mahlstick.training.objective import Objective, generator, strata
 from mahlstick.training.run import train
-from mahlstick.training.tasks import ControlNetTask
+from mahlstick.training.tasks import ControlNetTask, rest
 
 TASKS = ["controlnet", "ip-adapter", "lora", "base", "vae", "clip"]
 
@@ -202,6 +203,16 @@ def test_out_of_memory_halves_the_micro_batch(
 
 
 # --- what is learned from
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_at_rest_take_no_memory_and_stay_the_same() -> None:
+    module = torch.nn.Linear(4096, 4096).requires_grad_(False)
+    x = torch.ones(1, 4096)
+    before, whole = module(x), resident()
+    rest(module)
+    assert resident() < whole - 50 * 2**20  # of 64
+    assert torch.equal(module(x), before)
 
 
 def test_targets_are_those_of_diffusers() -> None:

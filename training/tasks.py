@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +92,8 @@ class Task(nn.Module, ABC):
                 self._place(module, device, dtype)
             else:
                 module.to("cpu")
+                if device.type == "cpu":  # which is in the way of itself
+                    rest(module)
 
     def _place(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Move a module. What is learned of it keeps its precision: rounded once, it would stay so."""
@@ -216,12 +220,12 @@ class DiffusionTask(Task):
 
     def forward(self, batch: Features) -> Tensor:
         noised, t, target, weight = self.objective.noised(batch["latents"], batch["noise"], batch["u"])
-        unet = self.pipe.unet
-        arguments: dict[str, Any] = {"encoder_hidden_states": batch["text"].to(unet.dtype)}
+        dtype = self.pipe.unet.conv_in.weight.dtype  # to ask the UNet itself is to have it walk through all its modules
+        arguments: dict[str, Any] = {"encoder_hidden_states": batch["text"].to(dtype)}
         if "time_ids" in batch:
-            added = {"text_embeds": batch["pooled"].to(unet.dtype), "time_ids": batch["time_ids"]}
+            added = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
             arguments["added_cond_kwargs"] = added
-        prediction = self.predict(noised.to(unet.dtype), t, batch, arguments)
+        prediction = self.predict(noised.to(dtype), t, batch, arguments)
         return weight * (prediction.float() - target.float()).square().mean((1, 2, 3))
 
     def _draw(self, example: Example | None, size: tuple[int, int], seed: int, unit: Unit) -> Image.Image:
@@ -268,10 +272,9 @@ class ControlNetTask(DiffusionTask):
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
         image = batch["control"].float() / 255
         down, mid = self.net(noised, t, image=image, **arguments)
-        unet = self.pipe.unet
-        residuals = {"down_block_additional_residuals": [d.to(unet.dtype) for d in down],
-                     "mid_block_additional_residual": mid.to(unet.dtype)}  # fmt: skip
-        return cast(Tensor, unet(noised, t, **arguments, **residuals).sample)
+        residuals = {"down_block_additional_residuals": [d.to(noised.dtype) for d in down],
+                     "mid_block_additional_residual": mid.to(noised.dtype)}  # fmt: skip
+        return cast(Tensor, self.pipe.unet(noised, t, **arguments, **residuals).sample)
 
     def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
         """Rows of control picture, result and true picture; how far the result's own control picture is from it."""
@@ -643,6 +646,16 @@ def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
     length = tokenizer.model_max_length
     found = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return cast(Tensor, found.input_ids)
+
+
+@torch.no_grad()
+def rest(module: nn.Module) -> None:
+    """Lay a module's frozen weights in a file, mapped in their place: they take memory again when they are used."""
+    weights = {str(i): p for i, p in enumerate(module.parameters()) if not p.requires_grad}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the mapping outlives its file's name
+        save_file({name: p.contiguous() for name, p in weights.items()}, Path(folder) / "weights.safetensors")
+        for name, value in load_file(Path(folder) / "weights.safetensors").items():
+            weights[name].data = value
 
 
 def fingerprint(module: nn.Module) -> str:
