@@ -37,6 +37,7 @@ import psutil
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 
 from benchmarks import tiny
 from mahlstick.training import tasks
@@ -243,12 +244,20 @@ def same(one: Path, other: Path) -> bool:
         return True  # other libraries' random states, which nothing draws from, and the hashes of these
     if one.suffix == ".bin":
         return equal(*(torch.load(path, weights_only=True) for path in (one, other)))
+    if one.suffix == ".safetensors":
+        return equal(*map(content, (one, other)))
     if one.name == "log.jsonl":
         return lines(one) == lines(other)
     if one.name == "README.md":
         texts = ([line for line in path.read_text().splitlines() if "_per_" not in line] for path in (one, other))
         return next(texts) == next(texts)
     return one.read_bytes() == other.read_bytes()
+
+
+def content(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The metadata, which safetensors writes in any order, and the tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
 
 def equal(one: Any, other: Any) -> bool:
