@@ -146,11 +146,52 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert checkpoints.newest() == 1 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3, 4):
-        checkpoints.write(step, lambda folder: (folder / "a").write_text("x") and None, protected=1)
-    assert checkpoints.steps() == [1, 3, 4]
+        checkpoints.write(step, lambda folder: (folder / "a").write_text("x") and None)
+    assert checkpoints.steps() == [3, 4]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_checkpointed_gradients_are_the_same(task: str, pictures: Path, tmp_path: Path) -> None:
+    plain = weights(train(config(task, pictures, tmp_path / "plain", steps=2), pipe()))
+    again = weights(train(config(task, pictures, tmp_path / "again", steps=2, gradient_checkpointing=True), pipe()))
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+def test_the_schedule_free_optimiser_learns_and_goes_on(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree")
+    fields = {"optimiser": "schedule-free", "validate_every": 2}
+    whole = train(config("controlnet", pictures, tmp_path / "whole", **fields), pipe())
+    train(config("controlnet", pictures, tmp_path / "parts", steps=2, **fields), pipe())
+    assert same(whole, train(config("controlnet", pictures, tmp_path / "parts", **fields), pipe()))
+
+
+@pytest.mark.parametrize("task", ["lora", "clip"])
+def test_validating_changes_nothing(task: str, pictures: Path, tmp_path: Path) -> None:
+    seen = config(task, pictures, tmp_path / "seen", precision="bf16", validate_every=1, held_out=0.3)
+    unseen = config(task, pictures, tmp_path / "unseen", precision="bf16", held_out=0.3)
+    assert same(train(seen, pipe()), train(unseen, pipe()))
+    log = [json.loads(line) for line in (tmp_path / "seen" / "log.jsonl").read_text().splitlines()]
+    losses = [line["held_out_loss"] for line in log if "held_out_loss" in line]
+    assert len(losses) == 4 and len(set(losses)) > 1  # it depends on what was learned
+
+
+def test_a_lora_goes_on_from_another(pictures: Path, tmp_path: Path) -> None:
+    first = train(config("lora", pictures, tmp_path / "first"), pipe())
+    unmoved = train(config("lora", pictures, tmp_path / "unmoved", start=str(first), steps=1, rate=1e-12), pipe())
+    one, other = weights(first), weights(unmoved)
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    with pytest.raises(ms.MahlstickError, match="^rank: .* has 8, not 4"):
+        train(config("lora", pictures, tmp_path / "narrow", start=str(first), rank=4), pipe())
+
+
+def test_clip_goes_on_from_another(pictures: Path, tmp_path: Path) -> None:
+    first = train(config("clip", pictures, tmp_path / "first"), pipe())
+    unmoved = train(config("clip", pictures, tmp_path / "unmoved", start=str(first), steps=1, rate=1e-12), pipe())
+    one, other = weights(first), weights(unmoved)
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
 def loop_of(pictures: Path, out: Path, **fields: Any) -> Loop:
@@ -302,14 +343,40 @@ def test_validation_writes_figures_and_a_grid(pictures: Path, tmp_path: Path) ->
     with Image.open(out / "samples" / "step-00000002.png") as grid:
         assert grid.width == 3 * tiny.SIZE
     card = (out / "README.md").read_text()
-    assert "edge_f1" in card and "held_out_loss" in card
+    assert "edge_f1" in card and "held_out_loss" in card and "`best/` holds the weights of step 2" in card
+    assert same(out / "best", out)
     known = json.loads((out / "training.json").read_text())
     assert known["config"]["annotator"] == "canny" and "torch" in known["versions"]
+
+
+def test_an_annotator_without_a_measure_trains_all_the_same(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = config("controlnet", pictures, tmp_path / "out", steps=2, validate_every=2, held_out=0.3)
+    out = train(wanted.model_copy(update={"annotator": "shuffle", "cache": None}), pipe())
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert last["score"] == -last["held_out_loss"]
+    assert "step 2: no samples (annotator 'shuffle' has no measure" in caplog.text
+
+
+def test_a_kill_between_checkpoint_and_validation_has_it_made_again(pictures: Path, tmp_path: Path) -> None:
+    wanted = config("vae", pictures, tmp_path / "out", steps=2, validate_every=2, held_out=0.3)
+    out = train(wanted, pipe())
+    log = (out / "log.jsonl").read_text()
+    assert json.loads(log.splitlines()[-1])["step"] == 2 and "held_out_loss" in log.splitlines()[-1]
+    (out / "log.jsonl").write_text("".join(f"{line}\n" for line in log.splitlines()[:-1]))
+    shutil.rmtree(out / "best")
+    train(wanted, pipe())
+    assert (out / "log.jsonl").read_text() == log and (out / "best").is_dir()
+    train(wanted, pipe())  # and not once more
+    assert (out / "log.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize(
     ("task", "fields", "complaint"),
     [
+        ("clip", {"start": "nowhere"}, "start"),
+        ("base", {"start": "nowhere"}, "start"),
         ("controlnet", {"resolution": tiny.SIZE + 4}, "resolution"),
         ("vae", {"resolution": tiny.SIZE + 1}, "resolution"),
         ("lora", {"prediction": "v_prediction"}, "prediction"),
@@ -363,6 +430,7 @@ def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path)
         ("lora --data d --out o --batch 4 --micro-batch 3", "3 does not divide 4"),
         ("lora --data d --out o --ema 1", "ema: should be less than 1"),
         ("lora --data d --out o --annotator-options low", "give NAME=VALUE"),
+        ("lora --data d --out o --start scratch", "a lora starts fresh by itself"),
         ("lora --config none.toml", "none.toml: cannot be read"),
     ],
 )
