@@ -183,7 +183,7 @@ def test_a_lora_goes_on_from_another(pictures: Path, tmp_path: Path) -> None:
     unmoved = train(config("lora", pictures, tmp_path / "unmoved", start=str(first), steps=1, rate=1e-12), pipe())
     one, other = weights(first), weights(unmoved)
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
-    with pytest.raises(ms.MahlstickError, match="^rank: .* has 8, not 4"):
+    with pytest.raises(ms.MahlstickError, match=r"^rank: .* has 8, not 4"):
         train(config("lora", pictures, tmp_path / "narrow", start=str(first), rank=4), pipe())
 
 

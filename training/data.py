@@ -639,6 +639,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return sum(math.ceil(len(bucket) / self._batch) for bucket in self._buckets)
 
+    @property
+    def repeated(self) -> float:
+        """The share of an epoch's rows that only fill up a bucket's last batch."""
+        return 1 - sum(map(len, self._buckets)) / (self.steps_per_epoch * self._batch)
+
     def batch_at(self, step: int) -> list[int]:
         """The indices of the batch of optimiser step ``step``, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 3  # steps in a row without a finite gradient
 PATIENCE_OF_A_SCALER = 20  # which finds its scale by leaving steps out
 HELD_OUT = 256  # held-out examples at most over which the loss is taken
+MOST_REPEATED = 0.2  # share of rows that fill up batches, above which it is worth a word
 SAMPLES = 8  # held-out examples in a validation's picture grid
 AVERAGE, PROGRESS = "average.safetensors", "progress.json"
 
@@ -99,6 +100,9 @@ class Loop:
             task.checkpoint_blocks()
         digests = [example.digest() for example in train]
         plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
+        if plan.repeated > MOST_REPEATED:
+            log.warning("%.0f%% of the rows repeat a picture, because few share its size; a smaller --batch or "
+                        "--no-buckets avoids it", 100 * plan.repeated)  # fmt: skip
         self.rows = Rows(task, cache, digests, plan, a.process_index, a.num_processes)
         self.share = config.batch // a.num_processes
         self.micro = min(config.micro_batch or self.share, self.share)
