@@ -33,6 +33,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; left out, the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; left out, what suits the device.")]
 
+Base = Annotated[str | None, typer.Option(help="'embedded', a diffusers folder, a hub id or a .safetensors file.")]
+BaseConfig = Annotated[
+    str | None, typer.Option(help="Folder with the configs of a single-file base, where the hub is out of reach.")
+]
+ImageEncoder = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="The vision model for --image-prompt, where the base brings none.")
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.  [default: 20]")]
+Guidance = Annotated[
+    float | None, typer.Option(help="How closely the prompt is followed; left out, as suits the base.")
+]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -83,12 +95,8 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="What to paint; (word:1.3) weighs a word more.")
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="'embedded', a diffusers folder, a hub id or a .safetensors file.")
-    ] = None,
-    base_config: Annotated[
-        str | None, typer.Option(help="Folder with the configs of a single-file base, where the hub is out of reach.")
-    ] = None,
+    base: Base = None,
+    base_config: BaseConfig = None,
     control: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,15 +109,10 @@ def generate(
         list[str] | None,
         typer.Option(metavar="[ADAPTER=]PICTURE[:SCALE]", help="Take after a reference picture. May be repeated."),
     ] = None,
-    image_encoder: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="The vision model for --image-prompt, where the base brings none."),
-    ] = None,
+    image_encoder: ImageEncoder = None,
     seed: Annotated[int | None, typer.Option(help="The same seed makes the same picture.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 20]")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="How closely the prompt is followed; left out, as suits the base.")
-    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; left out, the base's own.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="euler, euler_a, ddim, dpm++_2m_karras, unipc, ...")] = None,
     images: Annotated[int | None, typer.Option(help="How many pictures, from seed, seed + 1, ...")] = None,
@@ -454,12 +457,8 @@ def evaluate(
     image_prompt: Annotated[
         str | None, typer.Option(metavar="ADAPTER[:SCALE]", help="An IP-Adapter; 'ip-adapter' is the embedded one.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="'embedded', a diffusers folder, a hub id or a .safetensors file.")
-    ] = None,
-    base_config: Annotated[
-        str | None, typer.Option(help="Folder with the configs of a single-file base, where the hub is out of reach.")
-    ] = None,
+    base: Base = None,
+    base_config: BaseConfig = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the annotator. May be repeated."),
@@ -471,10 +470,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="FOLDER", help="References, named like the pictures; left out, the pictures themselves."),
     ] = None,
-    image_encoder: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="The vision model for --image-prompt, where the base brings none."),
-    ] = None,
+    image_encoder: ImageEncoder = None,
     judge: Annotated[
         str | None,
         typer.Option(metavar="CLIP", help="Folder or hub id of a CLIP; left out, the base's own image encoder."),
@@ -485,10 +481,8 @@ def evaluate(
     count: Annotated[int | None, typer.Option(help="How many of the pictures; left out, all.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels of a side; left out, the base's own.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures at once.  [default: 4]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 20]")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="How closely the prompt is followed; left out, as suits the base.")
-    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Annotated[int | None, typer.Option(help="Draws the pictures that --count leaves, and their noise.")] = None,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help="The report.  [default: evaluation]")] = None,
     device: Device = None,
