@@ -133,7 +133,7 @@ class Folder(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def peer(shape: Shape, data: Path, out: Path, precision: str, set_to_none: bool = False) -> Iterator[float]:
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     parts = PARTS[shape.parts]()
     vae, text_encoder, unet = (parts[name].requires_grad_(False) for name in ("vae", "text_encoder", "unet"))
     noises = diffusers.DDPMScheduler.from_config(parts["scheduler"].config)
@@ -286,7 +286,7 @@ def rows(shape: Shape, found: dict[str, list[dict[str, float]]], precision: str)
         yield f"| {' | '.join(cells)} |"
 
 
-PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 HEAD = f"""# Training throughput
 
@@ -314,7 +314,7 @@ def main() -> None:
     for name in ("resolution", "batch", "steps"):
         flags.add_argument(f"--{name}", type=int)
     flags.add_argument("--repeats", type=int, default=3)
-    flags.add_argument("--precision", choices=[*PRECISIONS], default="no")
+    flags.add_argument("--precision", choices=[*PRECISIONS], default="fp32")
     given = flags.parse_args()
     changes = {name: value for name in ("resolution", "batch", "steps") if (value := getattr(given, name)) is not None}
     table = [HEAD]
