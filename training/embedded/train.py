@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MOVED = 0.5  # share of a base's batch that is warped: without, the UNet knows its pictures by heart and draws no other
 MOVED_EMPTY = 0.5  # share of empty captions among these: the words stand for the picture as it is
+OTHER = 0.5  # share of a ControlNet's captions that name another thing
 COPIES = 12  # warped copies of each picture
 EMPTY = 0.12  # share of empty captions when the base is trained, for classifier-free guidance
 MIN_SNR = 5.0  # γ of 2303.09556
@@ -611,8 +612,20 @@ def drawings(pictures: data.Pictures, vae: AutoencoderKL, copies: int, seed: int
     return Drawings(stacked, z, concept, colours)
 
 
+def control_caption(pictures: data.Pictures, drawn: Drawings, i: int, rng: random.Random) -> str:
+    """Words for a drawing: none, its own, or another thing's in its colour. The drawing then decides what is where,
+    whatever the words say: the base takes unknown words for a blob somewhere, and guidance makes four times of it."""
+    if rng.random() < 0.5:
+        return ""
+    own = pictures.concepts[drawn.concept[i]]
+    if rng.random() < OTHER:
+        other = pictures.concepts[drawn.concept[rng.randrange(len(drawn.concept))]]
+        return data.caption(other, rng, drawn.colour[i] or own.colour)
+    return data.caption(own, rng, drawn.colour[i])
+
+
 def train_controlnet(pictures: data.Pictures, run: Run) -> None:
-    """Train the line-art ControlNet on the frozen base (2302.05543), half the prompts dropped: ``cache/controlnet``.
+    """Train the line-art ControlNet on the frozen base (2302.05543) with :func:`control_caption`: ``cache/controlnet``.
 
     The loss is the plain one on v: min-SNR would weigh down exactly the noisy steps in which the drawing decides.
     """
@@ -625,10 +638,7 @@ def train_controlnet(pictures: data.Pictures, run: Run) -> None:
 
     def loss_of(rng: random.Random) -> Tensor:
         index = [rng.randrange(len(drawn.concept)) for _ in range(run.batch)]
-        words = [
-            "" if rng.random() < 0.5 else data.caption(pictures.concepts[drawn.concept[i]], rng, drawn.colour[i])
-            for i in index
-        ]
+        words = [control_caption(pictures, drawn, i, rng) for i in index]
         lines = torch.stack([data.line_art(drawn.rgba[i], rng) for i in index]).to(run.device)
         t = noise.times(len(index))
         noised, v = noise.add(drawn.z[index], t)
