@@ -69,7 +69,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
         inside = path.relative_to(folder)
-        if inside.parts[0] not in ("checkpoints", "cache"):
+        if inside.parts[0] not in ("checkpoints", "cache", "best"):
             found |= {f"{inside}:{name}": value for name, value in load_file(path).items()}
     assert found
     return found
@@ -247,13 +247,13 @@ def test_out_of_memory_halves_the_micro_batch(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_weights_at_rest_take_no_memory_and_stay_the_same() -> None:
+def test_weights_at_rest_take_no_memory() -> None:
     module = torch.nn.Linear(4096, 4096).requires_grad_(False)
     x = torch.ones(1, 4096)
     before, whole = module(x), resident()
     rest(module)
     assert resident() < whole - 50 * 2**20  # of 64
-    assert torch.equal(module(x), before)
+    torch.testing.assert_close(module(x), before)  # where weights lie decides how sums are rounded
 
 
 def test_targets_are_those_of_diffusers() -> None:
@@ -416,7 +416,7 @@ def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path)
     for i in range(3):
         tiny.picture(i).save(other / f"{i}.png")
     fields = json.loads(config("lora", pictures, tmp_path / "out", steps=2).to_json())
-    with pytest.raises(ms.MahlstickError, match=r"holds a run with data ="):
+    with pytest.raises(ms.MahlstickError, match="holds a run on other data than"):
         train(TrainConfig(**fields | {"data": str(other)}), pipe())
 
 

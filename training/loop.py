@@ -267,14 +267,11 @@ class Loop:
     @contextmanager
     def _learned(self) -> Iterator[None]:
         """The weights inside are those that would be saved: the average, or the schedule-free optimiser's."""
-        free = self.optimiser.optimizer if self.config.optimiser == "schedule-free" else None
         self.task.eval()
-        if free is not None:
-            free.eval()
-        with self.average.applied() if self.average is not None else nullcontext():
+        free = self.config.optimiser == "schedule-free"
+        average = self.average.applied() if self.average is not None else nullcontext()
+        with optimisers.applied(self.optimiser.optimizer, self.parameters) if free else average:
             yield
-        if free is not None:
-            free.train()
         self.task.train()
 
     def _held_out_loss(self) -> float:

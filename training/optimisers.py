@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +49,19 @@ def rate(config: TrainConfig, step: int) -> float:
     return config.peak_rate * rise * fall
 
 
+@contextmanager
+def applied(free: Any, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The weights are those that a schedule-free optimiser has found inside, and to the bit what they were after: its
+    own way there and back rounds."""
+    kept = [p.detach().clone() for p in parameters]
+    free.eval()
+    try:
+        yield
+    finally:
+        free.train()
+        put(parameters, kept)
+
+
 class Average:
     """The exponential moving average of weights; short at first, so that the start is soon forgotten."""
 
@@ -66,16 +79,11 @@ class Average:
     def applied(self) -> Iterator[None]:
         """The weights are the average inside, and what they were after."""
         kept = [p.detach().clone() for p in self.parameters]
-        self._put(self.values)
+        put(self.parameters, self.values)
         try:
             yield
         finally:
-            self._put(kept)
-
-    @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.parameters, values, strict=True):
-            p.copy_(value)
+            put(self.parameters, kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(i): value for i, value in enumerate(self.values)}
@@ -83,3 +91,10 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, value in enumerate(self.values):
             value.copy_(state[str(i)])
+
+
+@torch.no_grad()
+def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Each parameter takes its value."""
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
