@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -251,7 +252,8 @@ def test_tensorboard_has_each_step_once(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not has("trackio"), reason="trackio is not installed")
-def test_trackio_has_one_run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_has_one_run(pictures: Path, tmp_path: Path) -> None:
+    os.environ["TRACKIO_DIR"] = str(tmp_path)  # read once, when it is imported
     import trackio
 
     in_two_parts("trackio", pictures, tmp_path / "out")
