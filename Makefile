@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 
 # One OpenMP thread a worker: torch would otherwise start a thread for each core in each of them.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -6,9 +6,7 @@ import copy
 import errno
 import json
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -93,29 +91,6 @@ def test_a_run_in_two_parts_ends_with_the_same_bits(task: str, pictures: Path, t
     assert all(np.isfinite(line["loss"]) for line in log)
 
 
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
-    """kill -9, twice at unplanned moments, in a process of its own each time."""
-    wanted = config("controlnet", pictures, tmp_path / "killed", steps=12, checkpoint_every=3)
-    (tmp_path / "config.json").write_text(wanted.to_json())
-    code = (
-        "import sys; sys.path.insert(0, '.')\n"
-        "from pathlib import Path; from tests.test_training import pipe, train, TrainConfig\n"
-        f"train(TrainConfig.from_json(Path({str(tmp_path / 'config.json')!r}).read_text()), pipe())\n"
-    )
-    for _ in range(2):
-        run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        log = tmp_path / "killed" / "log.jsonl"
-        before = log.read_text().count("\n") if log.exists() else 0
-        while run.poll() is None and (log.read_text().count("\n") if log.exists() else 0) < before + 4:
-            time.sleep(0.02)
-        run.kill()
-        run.wait()
-        assert not (tmp_path / "killed" / "README.md").exists()
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    whole = config("controlnet", pictures, tmp_path / "whole", steps=12, checkpoint_every=3, cache=wanted.cache)
-    assert same(tmp_path / "killed", train(whole, pipe()))
-
-
 @pytest.mark.parametrize("task", ["controlnet", "ip-adapter", "lora"])
 def test_micro_batches_change_nothing_but_rounding(task: str, pictures: Path, tmp_path: Path) -> None:
     whole = weights(train(config(task, pictures, tmp_path / "whole", batch=4, steps=2), pipe()))
@@ -163,9 +138,9 @@ def test_checkpointed_gradients_are_the_same(task: str, pictures: Path, tmp_path
 def test_the_schedule_free_optimiser_learns_and_goes_on(pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("schedulefree")
     fields = {"optimiser": "schedule-free", "validate_every": 2}
-    whole = train(config("controlnet", pictures, tmp_path / "whole", **fields), pipe())
-    train(config("controlnet", pictures, tmp_path / "parts", steps=2, **fields), pipe())
-    assert same(whole, train(config("controlnet", pictures, tmp_path / "parts", **fields), pipe()))
+    whole = train(config("vae", pictures, tmp_path / "whole", **fields), pipe())
+    train(config("vae", pictures, tmp_path / "parts", steps=2, **fields), pipe())
+    assert same(whole, train(config("vae", pictures, tmp_path / "parts", **fields), pipe()))
 
 
 @pytest.mark.parametrize("task", ["lora", "clip"])
