@@ -330,7 +330,7 @@ def test_the_command_on_the_embedded_model(
         shutil.copy(examples / f"{name}-reference.png", tmp_path / "data" / f"{name}.png")
         (tmp_path / "data" / f"{name}.txt").write_text(name)
     monkeypatch.chdir(tmp_path)
-    command = ["evaluate", "--data", "data", "--control", "lineart=lineart:0.9", "--image-prompt", "ip-adapter"]
+    command = ["evaluate", "--data", "data", "--control", "lineart@lineart:0.9", "--image-prompt", "ip-adapter"]
     command += ["-o", "sigma=1.5", "--steps", "4", "--out", "report", "--device", "cpu"]
     assert cli.main(command) == 0
     told = capsys.readouterr().out
@@ -352,9 +352,8 @@ def test_the_command_on_the_embedded_model(
     [
         ([], "--data is missing; give a folder of pictures"),
         (["--data", "x"], "control and image_prompt are both missing"),
-        (["--data", "x", "--control", "=net"], "--control =net: give ANNOTATOR=NET, e.g. canny=my_net:0.8"),
-        (["--data", "x", "--control", "canny=net", "-o", "low"], "--option low: give NAME=VALUE"),
-        (["--data", "x", "--control", "canny=net:99"], "control_scale: should be less than or equal to 10"),
+        (["--data", "x", "--control", "net@canny", "-o", "low"], "--option low: give NAME=VALUE"),
+        (["--data", "x", "--control", "net@canny:99"], "control_scale: should be less than or equal to 10"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,10 +225,15 @@ def _control(text: str) -> dict[str, Any]:
     if not (adapter and equals and rest):
         raise MahlstickError(f"--control {text}: give NET=PICTURE, e.g. lineart=drawing.png:0.9")
     spec = _picture_and_scale(rest)
-    net, at, annotator = adapter.rpartition("@")
-    if at and net and annotator.replace("_", "").isalnum() and not os.path.exists(adapter):
-        return {"adapter": net, "annotator": annotator, "image": spec.pop("picture"), **spec}
-    return {"adapter": adapter, "image": spec.pop("picture"), **spec}
+    return {**_net(adapter), "image": spec.pop("picture"), **spec}
+
+
+def _net(text: str) -> dict[str, str]:
+    """``net@canny``: an adapter and an annotator, unless a file of that whole name exists."""
+    net, at, annotator = text.rpartition("@")
+    if at and net and annotator.replace("_", "").isalnum() and not os.path.exists(text):
+        return {"adapter": net, "annotator": annotator}
+    return {"adapter": text}
 
 
 def _image_prompt(text: str) -> dict[str, Any]:
@@ -450,7 +455,7 @@ def evaluate(
     control: Annotated[
         str | None,
         typer.Option(
-            metavar="[ANNOTATOR=]NET[:SCALE]",
+            metavar="NET[@ANNOTATOR][:SCALE]",
             help="A ControlNet, and the annotator that draws its control pictures and looks for them in the results.",
         ),
     ] = None,
@@ -496,9 +501,9 @@ def evaluate(
 
     Examples:
 
-      mahlstick evaluate --data held_out --control canny=my_net
+      mahlstick evaluate --data held_out --control my_net@canny
 
-      mahlstick evaluate --data held_out --control canny=my_net:0.8 -o low=50
+      mahlstick evaluate --data held_out --control my_net@canny:0.8 -o low=50
 
       mahlstick evaluate --data held_out --image-prompt my_ip --judge my_clip
 
@@ -545,16 +550,12 @@ def evaluate(
 
 
 def _evaluated(field: str, text: str | None) -> dict[str, Any]:
-    """``canny=net:0.8`` as the fields of a config; a file that exists under the whole text is the adapter."""
+    """``net@canny:0.8`` as the fields of a config."""
     if text is None:
         return {}
     whole = _picture_and_scale(text)
-    annotator, equals, rest = text.partition("=")
-    if field == "control" and equals and not os.path.exists(whole["picture"]):
-        if not (annotator and rest):
-            raise MahlstickError(f"--control {text}: give ANNOTATOR=NET, e.g. canny=my_net:0.8")
-        return {"annotator": annotator, **_evaluated(field, rest)}
-    return {field: whole["picture"], f"{field}_scale": whole.get("scale")}
+    spec = _net(whole["picture"]) if field == "control" else {"adapter": whole["picture"]}
+    return {field: spec.pop("adapter"), f"{field}_scale": whole.get("scale"), **spec}
 
 
 def _quiet_libraries() -> None:
