@@ -20,7 +20,7 @@ from mahlstick.pipelines.sheet import contact_sheet
 
 COLUMNS = ("drawing", "reference", "words alone", "+ drawing", "+ reference", "+ both")
 SEED = 7
-CONTROL_SCALE, REFERENCE_SCALE = 0.9, 0.6
+CONTROL_SCALE, REFERENCE_SCALE = 0.9, 1.2
 
 
 @dataclass(frozen=True)
