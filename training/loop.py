@@ -181,9 +181,11 @@ class Loop:
     def _give_up(self) -> NoReturn:
         last = self.checkpoints.newest()
         back = f"the last good checkpoint is {self.checkpoints.path(last)}" if last else "there is no checkpoint yet"
+        best = self.out / "best"  # a run's own rate may not change, so that what it learned can be told
+        way = f"give --start {best}" if best.is_dir() else "begin again"
         raise MahlstickError(
-            f"step {self.progress.step}: {self.progress.bad} steps in a row without a finite gradient; {back}: "
-            "go on from it with a smaller rate, or precision = 'fp32'"
+            f"step {self.progress.step}: {self.progress.bad} steps in a row without a finite gradient; {back}; "
+            f"{way} in another --out, with a smaller --rate or --precision fp32"
         )
 
     def gradients(self, batch: Features) -> Tensor:
