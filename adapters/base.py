@@ -43,8 +43,9 @@ class Adapter(nn.Module, ABC):
     def from_pretrained(cls, path: str | PathLike[str], *, dtype: torch.dtype | None = None, **config: Any) -> Self:
         """Load a file, folder or hub id in any published layout.
 
-        ``config`` gives what a file cannot tell (``heads=``), ``dtype`` casts the weights. Raises ``MahlstickError``
-        where the file is not this kind of adapter, is damaged, or has missing or unexpected keys.
+        ``config`` gives what a file cannot tell (``heads=``), ``dtype`` casts the weights; left out, they stay as stored
+        until they are attached to a UNet of higher precision. Raises ``MahlstickError`` where the file is not this kind
+        of adapter, is damaged, or has missing or unexpected keys.
         """
         settings, state = formats.read(path, cls.kind, **config)
         return cls._from_state(settings, state, dtype)
@@ -66,6 +67,14 @@ class Adapter(nn.Module, ABC):
         """
         options = {} if layout is None else {"layout": layout}
         return formats.write(path, self.kind, dict(self.config), self.state_dict(), **options)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Cast half-precision weights to ``dtype`` where that is float32, which loses nothing; leave others alone.
+
+        Most published files are halves. A CPU computes in them many times slower, and nowhere as exactly.
+        """
+        if dtype == torch.float32 and self.dtype in (torch.float16, torch.bfloat16):
+            self.to(dtype)
 
     @property
     def device(self) -> torch.device:
@@ -185,13 +194,15 @@ _UNET_PARAMETERS: list[str] = []
 class Attachment(ABC):
     """An adapter clipped on a UNet: owns the run's state and the hooks; a context manager that detaches.
 
-    Building one only checks; :meth:`fasten` changes the UNet. ``detach`` may be called again and in any order.
+    Building one checks, and widens the adapter; :meth:`fasten` changes the UNet. ``detach`` may be called again and in
+    any order.
     """
 
     def __init__(
         self, adapter: Adapter, unet: UNet2DConditionModel, window: Window | None, clock: Clock | None
     ) -> None:
         formats.require_fit(adapter.kind, dict(adapter.config), dict(unet.config))
+        adapter.widen(unwrap(unet).dtype)
         self.adapter = adapter
         self.unet = cast("UNet2DConditionModel", unwrap(unet))
         self.window = window or Window()

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,6 +384,16 @@ def caption(concept: Concept, rng: random.Random, colour: str | None = None) -> 
         own = [t for t in concept.tags if not any(c in t.split() for c in COLOURS)]
         words = ", ".join([words, *rng.sample(own, min(len(own), rng.randint(1, 3)))])
     return words
+
+
+def unknown_words(pieces: Sequence[str], rng: random.Random, colour: str) -> str:
+    """A name that nothing has, one or two words put together from ``pieces``, half of the time with a colour.
+
+    People ask for more than the few hundred things that this model knows. Trained on such names with any picture, it
+    draws some thing in that colour; untrained, it makes blotches of them.
+    """
+    names = ["".join(rng.choices(pieces, k=rng.randint(1, 3))) for _ in range(rng.randint(1, 2))]
+    return " ".join([colour, *names] if rng.random() < 0.5 else names)
 
 
 def corpus(pictures: Pictures, copies: int = 20) -> list[str]:

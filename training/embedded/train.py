@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,10 +31,11 @@ from mahlstick.training.embedded import data, models
 log = logging.getLogger(__name__)
 
 MOVED = 0.5  # share of a base's batch that is warped: without, the UNet knows its pictures by heart and draws no other
-MOVED_EMPTY = 0.5  # share of empty captions among these: the words stand for the picture as it is
 OTHER = 0.5  # share of a ControlNet's captions that name another thing
 COPIES = 12  # warped copies of each picture
-EMPTY = 0.12  # share of empty captions when the base is trained, for classifier-free guidance
+# Shares of empty captions and of unknown words when the base is trained. Empty ones are for classifier-free guidance;
+# most of those of warped pictures are one or the other, since a thing's name stands for its picture as it is.
+STILL_CAPTIONS, MOVED_CAPTIONS = (0.12, 0.1), (0.2, 0.5)
 MIN_SNR = 5.0  # γ of 2303.09556
 LESSON = 0.03  # weight of Reading's loss
 FLOOR = 0.5  # added to it: see Noise.loss
@@ -547,19 +549,24 @@ def train_base(pictures: data.Pictures, run: Run) -> None:
     latents = Latents(**kept(run, "latents.pt", lambda: vars(base_latents(pictures, vae))))
     drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae, COPIES, run.seed))))
 
-    def captions(of: Latents | Drawings, index: list[int], empty: float, rng: random.Random) -> list[str]:
-        return [
-            "" if rng.random() < empty else data.caption(pictures.concepts[of.concept[i]], rng, of.colour[i])
-            for i in index
-        ]
+    pieces = [token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{2,6}", token)]
+
+    def words(of: Latents | Drawings, i: int, empty: float, unknown: float, rng: random.Random) -> str:
+        concept, colour, lot = pictures.concepts[of.concept[i]], of.colour[i], rng.random()
+        if lot < empty:
+            return ""
+        if lot < empty + unknown:
+            return data.unknown_words(pieces, rng, colour or concept.colour)
+        return data.caption(concept, rng, colour)
 
     def loss_of(rng: random.Random) -> Tensor:
         moved = [rng.randrange(len(drawn.concept)) for _ in range(int(run.batch * MOVED))]
         index = latents.draw(run.batch - len(moved), rng)
-        words = captions(latents, index, EMPTY, rng) + captions(drawn, moved, MOVED_EMPTY, rng)
+        prompts = [words(latents, i, *STILL_CAPTIONS, rng) for i in index]
+        prompts += [words(drawn, i, *MOVED_CAPTIONS, rng) for i in moved]
         t = noise.times(run.batch)
         noised, v = noise.add(torch.cat([latents.z[index], drawn.z[moved]]).to(run.device), t)
-        context = text(models.encode(tokenizer, words).to(run.device)).last_hidden_state
+        context = text(models.encode(tokenizer, prompts).to(run.device)).last_hidden_state
         return noise.loss(unet(noised, t, context).sample, v, t) + LESSON * reading.loss()
 
     def preview(nets: dict[str, nn.Module]) -> None:
