@@ -43,9 +43,9 @@ class Adapter(nn.Module, ABC):
     def from_pretrained(cls, path: str | PathLike[str], *, dtype: torch.dtype | None = None, **config: Any) -> Self:
         """Load a file, folder or hub id in any published layout.
 
-        ``config`` gives what a file cannot tell (``heads=``), ``dtype`` casts the weights; left out, they stay as stored
-        until they are attached to a UNet of higher precision. Raises ``MahlstickError`` where the file is not this kind
-        of adapter, is damaged, or has missing or unexpected keys.
+        ``config`` gives what a file cannot tell (``heads=``), ``dtype`` casts the weights; left out, they stay as they
+        are stored, until they are attached to a UNet of higher precision. Raises ``MahlstickError`` where the file is
+        not this kind of adapter, is damaged, or has missing or unexpected keys.
         """
         settings, state = formats.read(path, cls.kind, **config)
         return cls._from_state(settings, state, dtype)
@@ -202,9 +202,9 @@ class Attachment(ABC):
         self, adapter: Adapter, unet: UNet2DConditionModel, window: Window | None, clock: Clock | None
     ) -> None:
         formats.require_fit(adapter.kind, dict(adapter.config), dict(unet.config))
-        adapter.widen(unwrap(unet).dtype)
         self.adapter = adapter
         self.unet = cast("UNet2DConditionModel", unwrap(unet))
+        adapter.widen(self.unet.dtype)
         self.window = window or Window()
         self.clock = clock or Clock()
         self.compiled = unet is not self.unet or unet._compiled_call_impl is not None

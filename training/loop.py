@@ -98,6 +98,8 @@ class Loop:
         task.to_learn(a.device, self.dtype)
         if config.gradient_checkpointing:
             task.checkpoint_blocks()
+        elif not config.compile:  # the compiler itself decides what to keep
+            task.make_lean()
         digests = [example.digest() for example in train]
         plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
         if plan.repeated > MOST_REPEATED:

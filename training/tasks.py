@@ -28,6 +28,7 @@ from mahlstick.training import data, metrics
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example
 from mahlstick.training.evaluate import control_of, draw, guidance_of
+from mahlstick.training.lean import make_lean
 from mahlstick.training.objective import Objective, prediction_of
 
 Features = dict[str, Tensor]
@@ -114,6 +115,11 @@ class Task(nn.Module, ABC):
                 if hasattr(module, "gradient_checkpointing"):
                     module.gradient_checkpointing = True
                     module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def make_lean(self) -> None:
+        """Keep fewer activations in all nets, for the same bits."""
+        for net in (self, *self.frozen.values()):
+            make_lean(net)
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ STAGES: dict[str, tuple[str, float, int, float, float]] = {
     "clip": ("text and image towers, contrastively", 6, 128, 1e-3, 0.98),
     "text": ("teach the text encoder where things are in a picture", 5, 64, 1e-3, 0.99),
     "base": ("the UNet, on the frozen text encoder", 182, 32, 6e-4, 0.998),
-    "controlnet": ("line-art ControlNet on the frozen base", 56, 16, 7e-4, 0.99),
+    "controlnet": ("line-art ControlNet on the frozen base", 100, 16, 7e-4, 0.99),
     "ip-adapter": ("image prompts on the frozen base", 12, 16, 1e-3, 0.99),
     "examples": ("draw the example inputs into assets/examples", 0, 0, 0, 0),
     "assemble": ("write assets/embedded from the cache", 0, 0, 0, 0),

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from mahlstick.training.embedded import data, models
 log = logging.getLogger(__name__)
 
 MOVED = 0.5  # share of a base's batch that is warped: without, the UNet knows its pictures by heart and draws no other
-OTHER = 0.5  # share of a ControlNet's captions that name another thing
+CONTROL_CAPTIONS = (0.4, 0.25, 0.15)  # shares when a ControlNet is trained: empty, unknown words, another thing's name
 COPIES = 12  # warped copies of each picture
 # Shares of empty captions and of unknown words when the base is trained. Empty ones are for classifier-free guidance;
 # most of those of warped pictures are one or the other, since a thing's name stands for its picture as it is.
@@ -539,6 +539,11 @@ class Reading:
         return total
 
 
+def word_pieces(tokenizer: CLIPTokenizer) -> list[str]:
+    """The tokenizer's short pieces, of which ``data.unknown_words`` are made."""
+    return [token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{2,6}", token)]
+
+
 def train_base(pictures: data.Pictures, run: Run) -> None:
     """Train the UNet on the latents of the 3D pictures, the text encoder frozen: ``cache/unet`` and ``cache/text``."""
     tokenizer = tokenizer_of(pictures, run)
@@ -549,7 +554,7 @@ def train_base(pictures: data.Pictures, run: Run) -> None:
     latents = Latents(**kept(run, "latents.pt", lambda: vars(base_latents(pictures, vae))))
     drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae, COPIES, run.seed))))
 
-    pieces = [token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{2,6}", token)]
+    pieces = word_pieces(tokenizer)
 
     def words(of: Latents | Drawings, i: int, empty: float, unknown: float, rng: random.Random) -> str:
         concept, colour, lot = pictures.concepts[of.concept[i]], of.colour[i], rng.random()
@@ -619,16 +624,20 @@ def drawings(pictures: data.Pictures, vae: AutoencoderKL, copies: int, seed: int
     return Drawings(stacked, z, concept, colours)
 
 
-def control_caption(pictures: data.Pictures, drawn: Drawings, i: int, rng: random.Random) -> str:
-    """Words for a drawing: none, its own, or another thing's in its colour. The drawing then decides what is where,
-    whatever the words say: the base takes unknown words for a blob somewhere, and guidance makes four times of it."""
-    if rng.random() < 0.5:
+def control_caption(pictures: data.Pictures, drawn: Drawings, i: int, pieces: Sequence[str], rng: random.Random) -> str:
+    """Words for a drawing: none, unknown ones, another thing's name, or its own; all but the first in its colour. The
+    drawing then decides what is where, whatever the words say."""
+    own, tint = pictures.concepts[drawn.concept[i]], drawn.colour[i]
+    empty, unknown, other = CONTROL_CAPTIONS
+    lot = rng.random()
+    if lot < empty:
         return ""
-    own = pictures.concepts[drawn.concept[i]]
-    if rng.random() < OTHER:
-        other = pictures.concepts[drawn.concept[rng.randrange(len(drawn.concept))]]
-        return data.caption(other, rng, drawn.colour[i] or own.colour)
-    return data.caption(own, rng, drawn.colour[i])
+    if lot < empty + unknown:
+        return data.unknown_words(pieces, rng, tint or own.colour)
+    if lot < empty + unknown + other:
+        another = pictures.concepts[drawn.concept[rng.randrange(len(drawn.concept))]]
+        return data.caption(another, rng, tint or own.colour)
+    return data.caption(own, rng, tint)
 
 
 def train_controlnet(pictures: data.Pictures, run: Run) -> None:
@@ -642,10 +651,11 @@ def train_controlnet(pictures: data.Pictures, run: Run) -> None:
     controlnet.requires_grad_(True)
     drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae.cpu(), COPIES, run.seed))))
     drawn.z = drawn.z.to(run.device)
+    pieces = word_pieces(tokenizer)
 
     def loss_of(rng: random.Random) -> Tensor:
         index = [rng.randrange(len(drawn.concept)) for _ in range(run.batch)]
-        words = [control_caption(pictures, drawn, i, rng) for i in index]
+        words = [control_caption(pictures, drawn, i, pieces, rng) for i in index]
         lines = torch.stack([data.line_art(drawn.rgba[i], rng) for i in index]).to(run.device)
         t = noise.times(len(index))
         noised, v = noise.add(drawn.z[index], t)
