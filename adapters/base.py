@@ -44,7 +44,7 @@ class Adapter(nn.Module, ABC):
         """Load a file, folder or hub id in any published layout.
 
         ``config`` gives what a file cannot tell (``heads=``), ``dtype`` casts the weights; left out, they stay as they
-        are stored, until they are attached to a UNet of higher precision. Raises ``MahlstickError`` where the file is
+        are stored. Halves become float32 when they run on a float32 UNet. Raises ``MahlstickError`` where the file is
         not this kind of adapter, is damaged, or has missing or unexpected keys.
         """
         settings, state = formats.read(path, cls.kind, **config)
@@ -71,10 +71,12 @@ class Adapter(nn.Module, ABC):
     def widen(self, dtype: torch.dtype) -> None:
         """Cast half-precision weights to ``dtype`` where that is float32, which loses nothing; leave others alone.
 
-        Most published files are halves. A CPU computes in them many times slower, and nowhere as exactly.
+        Most published files are halves. A CPU computes in them many times slower, and nowhere as exactly. An adapter in
+        training mode stays as it is, for its optimiser knows it so.
         """
-        if dtype == torch.float32 and self.dtype in (torch.float16, torch.bfloat16):
-            self.to(dtype)
+        if dtype == torch.float32 and self.dtype in (torch.float16, torch.bfloat16) and not self.training:
+            with torch.inference_mode(False):  # or the weights could never be trained
+                self.to(dtype)
 
     @property
     def device(self) -> torch.device:
@@ -194,8 +196,7 @@ _UNET_PARAMETERS: list[str] = []
 class Attachment(ABC):
     """An adapter clipped on a UNet: owns the run's state and the hooks; a context manager that detaches.
 
-    Building one checks, and widens the adapter; :meth:`fasten` changes the UNet. ``detach`` may be called again and in
-    any order.
+    Building one only checks; :meth:`fasten` changes the UNet. ``detach`` may be called again and in any order.
     """
 
     def __init__(
@@ -204,7 +205,6 @@ class Attachment(ABC):
         formats.require_fit(adapter.kind, dict(adapter.config), dict(unet.config))
         self.adapter = adapter
         self.unet = cast("UNet2DConditionModel", unwrap(unet))
-        adapter.widen(self.unet.dtype)
         self.window = window or Window()
         self.clock = clock or Clock()
         self.compiled = unet is not self.unet or unet._compiled_call_impl is not None
@@ -261,6 +261,8 @@ class Attachment(ABC):
         if acts and self.adapter.device != sample.device:
             self._home = self._home or self.adapter.device
             self.adapter.to(sample.device)
+        if acts:
+            self.adapter.widen(sample.dtype)
         changes = self._contribute(arguments, parts, acts)
         # What came by position stays there: later hooks may look for it.
         return (args[:3], {**dict(list(arguments.items())[len(args[:3]) :]), **changes}) if changes else None

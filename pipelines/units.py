@@ -110,6 +110,7 @@ class ImagePrompt(Unit):
             self.adapter, unet, torch.empty(0), None, self.scale, mask, self.blocks, window, clock
         )
         if attachment.acts:
+            self.adapter.widen(unet.dtype)  # before it makes tokens of the pictures
             attachment.use(*self._tokens(pipe))
         return attachment
 

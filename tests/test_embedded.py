@@ -200,6 +200,18 @@ def test_captions_say_the_colour():
         assert "red apple" in data.caption(apple, rng)
 
 
+def test_unknown_words_name_nothing_and_follow_from_the_seed():
+    concepts = [data.Concept("1", "sun", ("sunny", "key ring"), "yellow", False)]
+    made = [
+        data.UnknownWords(pieces, concepts) for pieces in ({"sun", "ny", "ring", "oo"}, {"oo", "ring", "ny", "sun"})
+    ]
+    first, second = ([words.draw(random.Random(seed), "red") for seed in range(200)] for words in made)
+    assert first == second
+    said = {word for words in first for word in words.split()}
+    assert "red" in said
+    assert not said & {"sun", "sunny", "key", "ring"}
+
+
 def test_recolour_and_line_art(pictures):
     rgba = pictures.rgba[:1]
     for colour in data.COLOURS:

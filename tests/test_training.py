@@ -324,6 +324,13 @@ def test_validation_writes_figures_and_a_grid(pictures: Path, tmp_path: Path) ->
     assert known["config"]["annotator"] == "canny" and "torch" in known["versions"]
 
 
+@pytest.mark.parametrize("task", ["controlnet", "ip-adapter"])
+def test_a_half_precision_base_is_validated_and_learned_on(task: str, pictures: Path, tmp_path: Path) -> None:
+    """What is learned is float32 from the start: the validation's float32 UNet must not change it half way."""
+    out = train(config(task, pictures, tmp_path / "out", validate_every=1), pipe().to(torch.bfloat16))
+    assert {value.dtype for value in weights(out).values()} == {torch.float32}
+
+
 def test_an_annotator_without_a_measure_trains_all_the_same(
     pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

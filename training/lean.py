@@ -7,32 +7,51 @@ they are computed again when the gradient comes; the convolution itself is not. 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 WORTH_IT = 2**18  # numbers in a tensor; for fewer the detour takes longer than the computing
 
 
-def make_lean(net: nn.Module) -> None:
-    """Have the net's residual blocks and gated units keep less. Its weights, their names and its results stay."""
-    for module in net.modules():
-        if type(module) is ResnetBlock2D and _fits(module):
-            module.__class__ = LeanResnet
-        elif type(module) is GEGLU:
-            module.__class__ = LeanGEGLU
+class Lean:
+    """A context in which the residual blocks and gated units of ``nets`` keep less; after it they are as before."""
+
+    def __init__(self, nets: Iterable[nn.Module]) -> None:
+        self.modules: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
+        for module in (module for net in nets for module in net.modules()):
+            if type(module) is ResnetBlock2D and _fits(module):
+                self.modules.append((module, ResnetBlock2D, LeanResnet))
+            elif type(module) is GEGLU:
+                self.modules.append((module, GEGLU, LeanGEGLU))
+
+    def __enter__(self) -> Self:
+        for module, _, lean in self.modules:
+            module.__class__ = lean
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for module, plain, _ in self.modules:
+            module.__class__ = plain
 
 
 def _fits(block: ResnetBlock2D) -> bool:
     """Whether a block is the plain one of Stable Diffusion, and nothing looks into its layers."""
-    layers = block.norm1, block.conv1, block.norm2, block.conv2
+    norms, convs = (block.norm1, block.norm2), (block.conv1, block.conv2)
     return (
-        [type(layer) for layer in layers] == [nn.GroupNorm, nn.Conv2d] * 2
-        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        all(type(norm) is nn.GroupNorm and norm.affine for norm in norms)
+        and all(type(conv) is nn.Conv2d and conv.bias is not None for conv in convs)
+        and all(conv.padding_mode == "zeros" and not isinstance(conv.padding, str) for conv in convs)
+        and not any(
+            layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+            for layer in (*norms, *convs, block.nonlinearity, block.dropout)
+        )
         and isinstance(block.nonlinearity, nn.SiLU)
         and block.time_embedding_norm == "default"
         and block.upsample is None
@@ -55,7 +74,7 @@ class LeanResnet(ResnetBlock2D):
             hidden = hidden + temb
         hidden = _norm_silu_conv(self.norm2, self.conv2, hidden)
         if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor.contiguous())
+            input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
         return input_tensor + hidden
 
 
@@ -87,6 +106,7 @@ class NormSiluConv(torch.autograd.Function):
         return F.conv2d(s, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), norm, conv, needs = grads, ctx.norm, ctx.conv, ctx.needs_input_grad
         *inputs, weight = ctx.saved_tensors
@@ -113,6 +133,7 @@ class Gate(torch.autograd.Function):
         return _gated(both)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             both = ctx.saved_tensors[0].detach().requires_grad_()

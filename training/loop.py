@@ -32,6 +32,7 @@ from mahlstick.training.cache import FeatureCache
 from mahlstick.training.checkpoint import Checkpoints, making, write_whole
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example, Plan
+from mahlstick.training.lean import Lean
 from mahlstick.training.objective import generator, strata
 from mahlstick.training.tasks import SCORE, Features, Task
 
@@ -98,8 +99,9 @@ class Loop:
         task.to_learn(a.device, self.dtype)
         if config.gradient_checkpointing:
             task.checkpoint_blocks()
-        elif not config.compile:  # the compiler itself decides what to keep
-            task.make_lean()
+        # Checkpointed blocks keep nothing anyway, and the compiler decides for itself what to keep.
+        plain = config.gradient_checkpointing or config.compile
+        self.lean = Lean([] if plain else [task, *(net for name, net in task.frozen.items() if name == "unet")])
         digests = [example.digest() for example in train]
         plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
         if plan.repeated > MOST_REPEATED:
@@ -215,7 +217,7 @@ class Loop:
             last = i == len(parts) - 1
             alone: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(self.model)
             with alone:
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.lean:
                     losses = self.model(dict(zip(batch, values, strict=True)))
                 loss = losses.float().sum() / self.share
                 self.accelerator.backward(loss)

@@ -28,7 +28,6 @@ from mahlstick.training import data, metrics
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example
 from mahlstick.training.evaluate import control_of, draw, guidance_of
-from mahlstick.training.lean import make_lean
 from mahlstick.training.objective import Objective, prediction_of
 
 Features = dict[str, Tensor]
@@ -115,11 +114,6 @@ class Task(nn.Module, ABC):
                 if hasattr(module, "gradient_checkpointing"):
                     module.gradient_checkpointing = True
                     module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-    def make_lean(self) -> None:
-        """Keep fewer activations in all nets, for the same bits."""
-        for net in (self, *self.frozen.values()):
-            make_lean(net)
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +256,7 @@ class ControlNetTask(DiffusionTask):
             self.net = ControlNet.from_pretrained(config.start, dtype=torch.float32)
         else:
             widths = (16, 32, 96, 256)[: halvings + 1]
-            self.net = ControlNet.from_unet(self.pipe.unet, conditioning_embedding_out_channels=widths)
+            self.net = ControlNet.from_unet(self.pipe.unet, conditioning_embedding_out_channels=widths).float()
         self.net.requires_grad_(True)
 
     def settings(self) -> dict[str, Any]:
@@ -314,7 +308,7 @@ class IPAdapterTask(DiffusionTask):
         else:
             pooled = config.projector == "linear"
             width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
-            self.adapter = IPAdapter.from_unet(self.pipe.unet, config.projector, config.tokens, width)
+            self.adapter = IPAdapter.from_unet(self.pipe.unet, config.projector, config.tokens, width).float()
         self.adapter.use_encoder(encoder, self.processor)
         self.adapter.requires_grad_(True)
         self.frozen["image_encoder"] = encoder

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,14 +386,26 @@ def caption(concept: Concept, rng: random.Random, colour: str | None = None) -> 
     return words
 
 
-def unknown_words(pieces: Sequence[str], rng: random.Random, colour: str) -> str:
-    """A name that nothing has, one or two words put together from ``pieces``, half of the time with a colour.
+class UnknownWords:
+    """Names that nothing has, put together from short ``pieces`` of words.
 
     People ask for more than the few hundred things that this model knows. Trained on such names with any picture, it
-    draws some thing in that colour; untrained, it makes blotches of them.
+    draws some thing in the colour that they say; untrained, it makes blotches of them.
     """
-    names = ["".join(rng.choices(pieces, k=rng.randint(1, 3))) for _ in range(rng.randint(1, 2))]
-    return " ".join([colour, *names] if rng.random() < 0.5 else names)
+
+    def __init__(self, pieces: Iterable[str], concepts: Sequence[Concept]) -> None:
+        self.pieces = sorted(pieces)
+        self.known = {word for c in concepts for words in (c.label, *c.tags) for word in words.split()}
+
+    def draw(self, rng: random.Random, colour: str) -> str:
+        """One or two names, half of the time after ``colour``."""
+        names = [self._name(rng) for _ in range(rng.randint(1, 2))]
+        return " ".join([colour, *names] if rng.random() < 0.5 else names)
+
+    def _name(self, rng: random.Random) -> str:
+        while (name := "".join(rng.choices(self.pieces, k=rng.randint(1, 3)))) in self.known:
+            pass
+        return name
 
 
 def corpus(pictures: Pictures, copies: int = 20) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -539,9 +539,10 @@ class Reading:
         return total
 
 
-def word_pieces(tokenizer: CLIPTokenizer) -> list[str]:
-    """The tokenizer's short pieces, of which ``data.unknown_words`` are made."""
-    return [token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{2,6}", token)]
+def unknown_words(tokenizer: CLIPTokenizer, pictures: data.Pictures) -> data.UnknownWords:
+    """Unknown words of the tokenizer's short pieces."""
+    pieces = (token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{2,6}", token))
+    return data.UnknownWords(pieces, pictures.concepts)
 
 
 def train_base(pictures: data.Pictures, run: Run) -> None:
@@ -554,14 +555,14 @@ def train_base(pictures: data.Pictures, run: Run) -> None:
     latents = Latents(**kept(run, "latents.pt", lambda: vars(base_latents(pictures, vae))))
     drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae, COPIES, run.seed))))
 
-    pieces = word_pieces(tokenizer)
+    strange = unknown_words(tokenizer, pictures)
 
     def words(of: Latents | Drawings, i: int, empty: float, unknown: float, rng: random.Random) -> str:
         concept, colour, lot = pictures.concepts[of.concept[i]], of.colour[i], rng.random()
         if lot < empty:
             return ""
         if lot < empty + unknown:
-            return data.unknown_words(pieces, rng, colour or concept.colour)
+            return strange.draw(rng, colour or concept.colour)
         return data.caption(concept, rng, colour)
 
     def loss_of(rng: random.Random) -> Tensor:
@@ -624,16 +625,20 @@ def drawings(pictures: data.Pictures, vae: AutoencoderKL, copies: int, seed: int
     return Drawings(stacked, z, concept, colours)
 
 
-def control_caption(pictures: data.Pictures, drawn: Drawings, i: int, pieces: Sequence[str], rng: random.Random) -> str:
-    """Words for a drawing: none, unknown ones, another thing's name, or its own; all but the first in its colour. The
-    drawing then decides what is where, whatever the words say."""
+def control_caption(
+    pictures: data.Pictures, drawn: Drawings, i: int, strange: data.UnknownWords, rng: random.Random
+) -> str:
+    """Words for a drawing: none, unknown ones, another thing's name, or its own; a colour is the drawing's.
+
+    So the drawing decides what is where, whatever the words say.
+    """
     own, tint = pictures.concepts[drawn.concept[i]], drawn.colour[i]
     empty, unknown, other = CONTROL_CAPTIONS
     lot = rng.random()
     if lot < empty:
         return ""
     if lot < empty + unknown:
-        return data.unknown_words(pieces, rng, tint or own.colour)
+        return strange.draw(rng, tint or own.colour)
     if lot < empty + unknown + other:
         another = pictures.concepts[drawn.concept[rng.randrange(len(drawn.concept))]]
         return data.caption(another, rng, tint or own.colour)
@@ -651,11 +656,11 @@ def train_controlnet(pictures: data.Pictures, run: Run) -> None:
     controlnet.requires_grad_(True)
     drawn = Drawings(**kept(run, "drawings.pt", lambda: vars(drawings(pictures, vae.cpu(), COPIES, run.seed))))
     drawn.z = drawn.z.to(run.device)
-    pieces = word_pieces(tokenizer)
+    strange = unknown_words(tokenizer, pictures)
 
     def loss_of(rng: random.Random) -> Tensor:
         index = [rng.randrange(len(drawn.concept)) for _ in range(run.batch)]
-        words = [control_caption(pictures, drawn, i, pieces, rng) for i in index]
+        words = [control_caption(pictures, drawn, i, strange, rng) for i in index]
         lines = torch.stack([data.line_art(drawn.rgba[i], rng) for i in index]).to(run.device)
         t = noise.times(len(index))
         noised, v = noise.add(drawn.z[index], t)
