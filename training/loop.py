@@ -6,6 +6,7 @@ the examples and the rate. A checkpoint is then weights, optimiser, average and 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import logging
@@ -13,7 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +33,6 @@ from mahlstick.training.cache import FeatureCache
 from mahlstick.training.checkpoint import Checkpoints, making, write_whole
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example, Plan
-from mahlstick.training.lean import Lean
 from mahlstick.training.objective import generator, strata
 from mahlstick.training.tasks import SCORE, Features, Task
 
@@ -43,6 +43,7 @@ PATIENCE_OF_A_SCALER = 20  # which finds its scale by leaving steps out
 HELD_OUT = 256  # held-out examples at most over which the loss is taken
 MOST_REPEATED = 0.2  # share of rows that fill up batches, above which it is worth a word
 SAMPLES = 8  # held-out examples in a validation's picture grid
+M_MMAP_THRESHOLD = -3  # malloc.h's name for the size from which a block is mapped on its own
 AVERAGE, PROGRESS = "average.safetensors", "progress.json"
 
 
@@ -93,15 +94,13 @@ class Loop:
     ) -> None:
         self.config = config = task.config
         self.accelerator = a = accelerator
+        give_back_freed_memory()
         check_processes(config, task, a)
         self.task, self.cache, self.held_out = task, cache, list(held_out)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         task.to_learn(a.device, self.dtype)
         if config.gradient_checkpointing:
             task.checkpoint_blocks()
-        # Checkpointed blocks keep nothing anyway, and the compiler decides for itself what to keep.
-        plain = config.gradient_checkpointing or config.compile
-        self.lean = Lean([] if plain else [task, *(net for name, net in task.frozen.items() if name == "unet")])
         digests = [example.digest() for example in train]
         plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
         if plan.repeated > MOST_REPEATED:
@@ -217,7 +216,7 @@ class Loop:
             last = i == len(parts) - 1
             alone: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(self.model)
             with alone:
-                with self.accelerator.autocast(), self.lean:
+                with self.accelerator.autocast():
                     losses = self.model(dict(zip(batch, values, strict=True)))
                 loss = losses.float().sum() / self.share
                 self.accelerator.backward(loss)
@@ -440,6 +439,16 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.out,
     )
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc return large blocks to the system as soon as they are freed.
+
+    It does so at first, but raises the size from which it does up to 32 MiB as such blocks come and go. Activations
+    then come from a heap full of holes, and the process holds memory that nothing uses.
+    """
+    with suppress(OSError, AttributeError):  # another system, another allocator
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def check_processes(config: TrainConfig, task: Task, accelerator: Accelerator) -> None:
