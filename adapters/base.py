@@ -262,7 +262,7 @@ class Attachment(ABC):
             self._home = self._home or self.adapter.device
             self.adapter.to(sample.device)
         if acts:
-            self.adapter.widen(sample.dtype)
+            self.adapter.widen(self.unet.conv_in.weight.dtype)  # the sample's is another under autocast
         changes = self._contribute(arguments, parts, acts)
         # What came by position stays there: later hooks may look for it.
         return (args[:3], {**dict(list(arguments.items())[len(args[:3]) :]), **changes}) if changes else None

@@ -210,6 +210,16 @@ def test_half_precision_adapters_on_a_full_precision_unet(pipe: Any, dtype: torc
     assert {adapter.dtype for adapter in adapters} == {torch.float32}
 
 
+def test_half_precision_adapters_under_autocast(pipe: Any) -> None:
+    clipped = units(pipe)
+    expected = generate(pipe, *clipped)
+    clipped[0].net.half()
+    clipped[1].adapter.half()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = generate(pipe, *clipped)
+    assert np.abs(found - expected).mean() < 0.05
+
+
 # Compiled: one UNet call, on as few blocks as there can be, for compiling takes long.
 
 SMALL = dict(
