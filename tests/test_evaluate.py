@@ -46,6 +46,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     for part in (transformers.CLIPModel(clip), tiny.feature_extractor(), tiny.tokenizer()):
         part.save_pretrained(folder / "clip")
+    known = {"num_labels": 3, "id2label": {0: "red fox", 1: "owl", 2: "tree, bush"}}
+    small = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        **known,
+    )
+    transformers.ViTForImageClassification(small).save_pretrained(folder / "classifier")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "classifier")
     (folder / "data").mkdir()
     for i, caption in enumerate(CAPTIONS):
         picture = Image.new("RGB", (80, 64), "white")
@@ -152,6 +164,40 @@ def test_figures_are_those_of_the_pictures(found: Evaluation, models: Path) -> N
     assert figures["edge_f1"]["true"].value == 1
     assert "recall_at_5" not in figures, "five of three captions is no test"
     assert "true" not in figures["clip_i"], "a picture is like itself"
+
+
+def test_a_base_alone_is_judged_by_a_classifier(models: Path, tmp_path: Path) -> None:
+    fields = {"control": None, "annotator": None, "classifier": str(models / "classifier"), "fid": str(models / "clip")}
+    found = run(models, tmp_path, **fields)
+    classifier = metrics.Classifier.load(fields["classifier"])
+    named = {"a red fox": 0, "an owl": 1, "a green tree": 2}
+    for way in ("without", "true"):
+        likeliest = classifier.scores(files(found, way)).argmax(1)
+        right = [float(likeliest[i] == named[row["caption"]]) for i, row in enumerate(found.rows) if row["caption"]]
+        assert len(right) == 4
+        assert found.figures["named_at_1"][way].value == pytest.approx(np.mean(right))
+    features = metrics.feature_network(str(models / "clip"))(files(found, "true"))
+    halves = metrics.frechet_distance(features[::2], features[1::2])
+    assert found.figures["frechet_distance"]["true"].value == pytest.approx(halves)
+    assert not (tmp_path / "with").exists() and found.table()[0] == ["", "the base", "true pictures"]
+    report = found.report.read_text()
+    assert "each made from its words" in report and "with " not in report.splitlines()[0]
+    assert "named_at_5" not in found.figures, "five of three names is no test"
+
+
+@pytest.mark.parametrize(
+    ("caption", "named"),
+    [
+        ("a Red Fox runs", 0),
+        ("an owlet", None),
+        ("a tree", 2),
+        ("the bush, and an owl", 2),
+        ("a fox", None),
+        ("", None),
+    ],
+)
+def test_the_longest_name_in_a_caption(models: Path, caption: str, named: int | None) -> None:
+    assert metrics.Classifier.load(str(models / "classifier")).named_in(caption) == named
 
 
 def test_means_and_their_intervals() -> None:
@@ -284,7 +330,6 @@ def test_a_larger_count_goes_on_with_the_same_pictures(models: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"control": None, "annotator": None}, "control and image_prompt are both missing; give one"),
         ({"control": None, "image_prompt": "ip"}, "annotator is given without control"),
         ({"annotator": "kanny"}, "annotator 'kanny' is unknown; did you mean canny"),
         ({"annotator": "shuffle"}, "annotator 'shuffle' has no measure; one of these has"),
@@ -351,7 +396,6 @@ def test_the_command_on_the_embedded_model(
     ("arguments", "error"),
     [
         ([], "--data is missing; give a folder of pictures"),
-        (["--data", "x"], "control and image_prompt are both missing"),
         (["--data", "x", "--control", "net@canny", "-o", "low"], "--option low: give NAME=VALUE"),
         (["--data", "x", "--control", "net@canny:99"], "control_scale: should be less than or equal to 10"),
     ],

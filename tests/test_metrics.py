@@ -159,6 +159,13 @@ def test_depth_is_relative() -> None:
     assert metrics.depth_rmse(np.full_like(ramp, 0.1), ramp) == pytest.approx(0, abs=1e-12)
 
 
+def test_psnr() -> None:
+    skimage = pytest.importorskip("skimage.metrics")
+    a, b = (np.random.default_rng(seed).integers(0, 256, (9, 7, 3), np.uint8) for seed in (0, 1))
+    assert metrics.psnr(a, b) == pytest.approx(skimage.peak_signal_noise_ratio(a, b))
+    assert metrics.psnr(a, a) == 100
+
+
 def test_depth_rmse_is_the_residual_of_the_regression_line() -> None:
     wanted, found = np.random.default_rng(0).random((2, 6, 6))
     wanted = 0.5 * wanted + 0.5 * found

@@ -27,6 +27,7 @@ from mahlstick.training.data import read_dataset
 from mahlstick.training.loop import Loop, new_accelerator
 from mahlstick.training.objective import Objective, generator, strata
 from mahlstick.training.run import train
+from mahlstick.training.tasks import TASKS as TASKS_BY_NAME
 from mahlstick.training.tasks import ControlNetTask, rest
 
 TASKS = ["controlnet", "ip-adapter", "lora", "base", "vae", "clip"]
@@ -133,6 +134,27 @@ def test_checkpointed_gradients_are_the_same(task: str, pictures: Path, tmp_path
     plain = weights(train(config(task, pictures, tmp_path / "plain", steps=2), pipe()))
     again = weights(train(config(task, pictures, tmp_path / "again", steps=2, gradient_checkpointing=True), pipe()))
     assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+def test_a_base_learns_with_its_text_encoder(pictures: Path, tmp_path: Path) -> None:
+    fields = {"train_text": True, "ema": 0.9, "held_out": 0.3}
+    before = pipe()
+    whole = train(config("base", pictures, tmp_path / "whole", **fields), pipe())
+    train(config("base", pictures, tmp_path / "parts", steps=2, **fields), pipe())
+    assert same(whole, train(config("base", pictures, tmp_path / "parts", **fields), pipe()))
+    encoder = type(before.text_encoder).from_pretrained(whole / "text_encoder")
+    ids = before.tokenizer("shape 1", return_tensors="pt").input_ids
+    assert (encoder(ids)[0] - before.text_encoder(ids)[0]).abs().max() > 1e-3
+    again = TASKS_BY_NAME["base"](config("base", pictures, tmp_path, start=str(whole), **fields), pipe())
+    assert torch.equal(again.pipe.text_encoder(ids)[0], encoder(ids)[0])
+
+
+@pytest.mark.parametrize(("task", "figure", "columns"), [("base", "held_out_loss", 2), ("vae", "psnr", 2)])
+def test_samples_beside_the_true_pictures(task: str, figure: str, columns: int, pictures: Path, tmp_path: Path) -> None:
+    out = train(config(task, pictures, tmp_path / "out", steps=1, validate_every=1, held_out=0.3), pipe())
+    assert np.isfinite(json.loads((out / "log.jsonl").read_text().splitlines()[-1])[figure])
+    with Image.open(out / "samples" / "step-00000001.png") as grid:
+        assert grid.width == columns * tiny.SIZE
 
 
 def test_the_schedule_free_optimiser_learns_and_goes_on(pictures: Path, tmp_path: Path) -> None:

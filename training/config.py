@@ -52,7 +52,7 @@ class TrainConfig(Spec):
     projector: Literal["linear", "resampler", "mlp"] = Field("linear", description="of an IP-Adapter")
     tokens: int = Field(4, ge=1, le=1024, description="image tokens of an IP-Adapter")
     rank: int = Field(8, ge=1, le=1024, description="of a LoRA")
-    train_text: bool = Field(False, description="a LoRA learns in the text encoder too")
+    train_text: bool = Field(False, description="a LoRA or a base learns in the text encoders too")
 
     resolution: int | None = Field(None, ge=8, le=4096, description="pixels of a square picture; left out, the base's")
     buckets: bool = Field(True, description="keep the pictures' proportions, in batches of one size")

@@ -45,6 +45,7 @@ Values = dict[str, Array]  # by column, a number for each picture; NaN where the
 
 WITHOUT, WITH, TRUE, DIFFERENCE = "without", "with", "true", "difference"
 RECALLS = (1, 5, 10)
+NAMED = (1, 5)
 SHOWN = 12  # rows of the contact sheet
 FEW = 30  # pictures below which a bootstrap interval is too narrow
 
@@ -84,6 +85,7 @@ class EvaluateConfig(Spec):
     references: str | None = Field(None, description="folder of references; left out, the pictures themselves")
 
     judge: str | None = Field(None, description="a CLIP's folder or hub id; left out, the base's own image encoder")
+    classifier: str | None = Field(None, description="an image classifier's folder or hub id, to name the pictures")
     fid: str | None = Field(None, description="a vision model's folder or hub id, over which FID is taken")
 
     count: int | None = Field(None, ge=1, description="how many of the pictures, drawn by the seed; left out, all")
@@ -94,12 +96,15 @@ class EvaluateConfig(Spec):
     seed: Seed = 0
 
     @model_validator(mode="after")
-    def _has_a_unit(self) -> Self:
-        if self.control is None and self.image_prompt is None:
-            raise ValueError("control and image_prompt are both missing; give one of them, or both")
+    def _fits(self) -> Self:
         if self.annotator is not None and self.control is None:
             raise ValueError("annotator is given without control; it measures how a control is kept")
         return self
+
+    @property
+    def adapters(self) -> list[str]:
+        """What is to be judged; where there is none, the base alone is."""
+        return [name for name in (self.control, self.image_prompt) if name]
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,13 @@ class Evaluation:
 
     def table(self) -> list[list[str]]:
         """The figures as text: a header, and a row for each measure with an arrow to where it is better."""
-        rows = [["", "without", "with", "difference", "true pictures"]]
+        adapted = bool(self.config.adapters)
+        rows = [["", *(["without", "with", "difference"] if adapted else ["the base"]), "true pictures"]]
         for name, of in self.figures.items():
             arrow = "↑" if metrics.higher_is_better(name) else "↓"
             true = of[TRUE].text() if TRUE in of else ""
-            rows.append([f"{title(name)} {arrow}", of[WITHOUT].text(), of[WITH].text(), verdict(name, of), true])
+            made = [of[WITHOUT].text(), *([of[WITH].text(), verdict(name, of)] if adapted else [])]
+            rows.append([f"{title(name)} {arrow}", *made, true])
         return rows
 
 
@@ -279,7 +286,8 @@ class Painter:
                 if getattr(example, part) is not None:
                     example.load(part)
             key = _digest([settings, example.digest(), config.seed + i])
-            files = {column: Path(config.out) / column / f"{i:05d}.png" for column in (TRUE, WITHOUT, WITH, *parts)}
+            columns = (TRUE, WITHOUT, *((WITH,) if config.adapters else ()), *parts)
+            files = {column: Path(config.out) / column / f"{i:05d}.png" for column in columns}
             found.append(Case(example, config.seed + i, key, files))
         return found
 
@@ -289,7 +297,7 @@ class Painter:
         fields = ("control_scale", "annotator", "annotator_options", "image_prompt_scale", "steps", "guidance")
         base = embedded_folder() if config.base == "embedded" else Path(config.base).expanduser()
         weights = [base, *(Path(name).expanduser() for name in (config.base_config, config.image_encoder) if name)]
-        weights += [Path(adapter_path(name)).expanduser() for name in (config.control, config.image_prompt) if name]
+        weights += [Path(adapter_path(name)).expanduser() for name in config.adapters]
         return {
             "format": _FORMAT,
             "weights": [fingerprint(path) for path in weights],
@@ -314,6 +322,8 @@ class Painter:
         guidance = guidance_of(config.base) if config.guidance is None else config.guidance
         prompts, seeds = [case.caption for case in cases], [case.seed for case in cases]
         for column, clipped in ((WITHOUT, []), (WITH, units)):
+            if column not in cases[0].files:
+                continue
             made[column] = draw(self.pipe, prompts, seeds, self.size, clipped, steps=config.steps, guidance=guidance)
         for i, case in enumerate(cases):
             for column, file in case.files.items():
@@ -337,10 +347,14 @@ def measure_condition(cases: Sequence[Case], annotator: str, options: Mapping[st
     return {column: np.array(values) for column, values in found.items()}
 
 
+def judged(cases: Sequence[Case]) -> list[str]:
+    """The columns of pictures that measures look at."""
+    return [column for column in (WITHOUT, WITH, TRUE) if column in cases[0].files]
+
+
 def measure_pictures(cases: Sequence[Case], judge: metrics.ClipJudge) -> dict[str, Values]:
     """CLIP-I against the references or true pictures; where the judge reads, CLIP-T and recall among the captions."""
-    columns = (WITHOUT, WITH, TRUE)
-    seen = {column: judge.images([case.files[column] for case in cases]) for column in columns}
+    seen = {column: judge.images([case.files[column] for case in cases]) for column in judged(cases)}
     found: dict[str, Values] = {}
     captions = [case.caption.strip() for case in cases]
     if judge.tokenizer is not None and any(captions):
@@ -376,16 +390,38 @@ def _recall(k: int, texts: Array, picture: Array, own: int) -> float:
     return metrics.recall_at(k, picture, texts, [own])
 
 
+def measure_names(cases: Sequence[Case], classifier: metrics.Classifier) -> dict[str, Values]:
+    """Is the name that a picture's caption holds among the k likeliest? NaN where it holds none of the names."""
+    wanted = [classifier.named_in(case.caption) for case in cases]
+    scores = {column: classifier.scores([case.files[column] for case in cases]) for column in judged(cases)}
+
+    def right(k: int, of: Array) -> Array:
+        pairs = zip(wanted, of, strict=True)
+        return np.array([np.nan if own is None else float((row > row[own]).sum() < k) for own, row in pairs])
+
+    return {
+        f"named_at_{k}": {column: right(k, of) for column, of in scores.items()}
+        for k in NAMED
+        if k < len(classifier.names)
+    }
+
+
 def measure_distance(cases: Sequence[Case], network: Callable[[Sequence[Path]], Array]) -> dict[str, Mean]:
-    """`metrics.frechet_distance` to the true pictures, over the features of a `metrics.feature_network`."""
-    true, *made = (network([case.files[column] for case in cases]) for column in (TRUE, WITHOUT, WITH))
-    without, with_ = (metrics.frechet_distance(features, true) for features in made)
-    return {WITHOUT: Mean(without), WITH: Mean(with_), DIFFERENCE: Mean(with_ - without)}
+    """`metrics.frechet_distance` to the true pictures, over the features of a `metrics.feature_network`; and of one
+    half of the true pictures to the other, which says what is near."""
+    features = {column: network([case.files[column] for case in cases]) for column in judged(cases)}
+    true = features.pop(TRUE)
+    found = {column: Mean(metrics.frechet_distance(made, true)) for column, made in features.items()}
+    if WITH in found:
+        found[DIFFERENCE] = Mean(found[WITH].value - found[WITHOUT].value)
+    if len(true) >= 4:  # a half of fewer has no distribution
+        found[TRUE] = Mean(metrics.frechet_distance(true[::2], true[1::2]))
+    return found
 
 
 def summarise(values: Values) -> dict[str, Mean]:
     """Means over the pictures that have a value, and that of the difference, with minus without, picture by picture."""
-    pairs = values | {DIFFERENCE: values[WITH] - values[WITHOUT]}
+    pairs = values | ({DIFFERENCE: values[WITH] - values[WITHOUT]} if WITH in values else {})
     return {column: Mean(*metrics.mean_with_interval(each[~np.isnan(each)])) for column, each in pairs.items()}
 
 
@@ -435,6 +471,7 @@ def evaluate(
     painter = Painter.load(config, loader or Loader(), device, dtype)
     judge, notes = choose_judge(config, painter.pipe)
     network = metrics.feature_network(config.fid, str(painter.pipe.device)) if config.fid else None
+    classifier = metrics.Classifier.load(config.classifier, str(painter.pipe.device)) if config.classifier else None
     cases = painter.cases(examples, progress)
     todo = [case for case in cases if not case.is_made]
     with tqdm(total=len(cases), initial=len(cases) - len(todo), desc="evaluate", disable=not progress) as bar:
@@ -447,6 +484,8 @@ def evaluate(
         found[measure] = measure_condition(cases, config.annotator, config.annotator_options, progress)
     if judge is not None:
         found |= measure_pictures(cases, judge)
+    if classifier is not None:
+        found |= measure_names(cases, classifier)
     figures = {name: summarise(values) for name, values in found.items()}
     if network is not None:
         figures["frechet_distance"] = measure_distance(cases, network)
@@ -482,8 +521,8 @@ def _rows(cases: Sequence[Case], found: Mapping[str, Values]) -> list[dict[str, 
     rows = []
     for i, case in enumerate(cases):
         row: dict[str, Any] = {"name": case.example.name, "caption": case.caption, "seed": case.seed}
-        row["picture"] = case.files[WITH].name
-        for column in (WITHOUT, WITH, TRUE):
+        row["picture"] = case.files[TRUE].name
+        for column in judged(cases):
             values = {name: of[column][i] for name, of in found.items() if column in of}
             row[column] = {name: float(value) for name, value in values.items() if not np.isnan(value)}
         rows.append(row)
@@ -498,7 +537,10 @@ def _notes(config: EvaluateConfig, cases: Sequence[Case]) -> list[str]:
     if not any(case.caption.strip() for case in cases):
         notes.append("No picture has a caption, so all were made without words.")
     if config.fid is not None:
-        notes.append(f"FID is taken over {config.fid}; few pictures raise it, so compare equal numbers of them.")
+        notes.append(
+            f"FID is taken over {config.fid}; few pictures raise it, so compare equal numbers of them. That of the true"
+            " pictures is of one half to the other."
+        )
     if len(cases) < FEW:
         notes.append(f"Of only {len(cases)} pictures the intervals are too narrow.")
     return notes
@@ -525,22 +567,24 @@ def _write(evaluation: Evaluation, cases: Sequence[Case]) -> None:
 
 def _markdown(evaluation: Evaluation) -> str:
     config, (header, *body) = evaluation.config, evaluation.table()
-    units = " and ".join(f"`{name}`" for name in (config.control, config.image_prompt) if name)
+    units = " and ".join(f"`{name}`" for name in config.adapters)
+    how = "each made without and with, from the same words and the same seed" if units else "each made from its words"
+    shown = f"Without and with {units}, and the true pictures" if units else "Made, and the true pictures"
     table = [header, ["---"] * len(header), *body]
     notes = "".join(f"- {note}\n" for note in evaluation.notes)
     settings = json.dumps(config.model_dump(exclude_defaults=True), indent=1, ensure_ascii=False)
-    return f"""# {units} on `{config.base}`
+    return f"""# {f"{units} on " if units else ""}`{config.base}`
 
-{len(evaluation.rows)} pictures of `{config.data}`, each made without and with, from the same words and the same seed.
+{len(evaluation.rows)} pictures of `{config.data}`, {how}.
 
 {chr(10).join(f"| {' | '.join(row)} |" for row in table)}
 
-In brackets: where the mean of other pictures of this kind would lie, 95 % (bootstrap). The difference is taken picture
+In brackets: where the mean of other pictures of this kind would lie, 95 % (bootstrap). A difference is taken picture
 by picture, and unclear where its interval holds zero. An arrow shows where a measure is better, the true pictures how
 far it goes.
 
 {notes}
-![Without and with {units}, and the true pictures](contact_sheet.png)
+![{shown}](contact_sheet.png)
 
 Each picture's figures are in `report.jsonl`, the settings below and all figures in `figures.json`.
 

@@ -44,7 +44,9 @@ _HIGHER_IS_BETTER = {
     "clip_t": True,
     "clip_i": True,
     "recall_at": True,
+    "named_at": True,
     "rmse": False,
+    "psnr": True,
     "depth_rmse": False,
     "normal_angle": False,
     "frechet_distance": False,
@@ -54,7 +56,7 @@ _BATCH = 32
 
 def higher_is_better(name: str) -> bool:
     """Whether more of the measure is better: by its function's name, or ``recall_at_1`` and so on."""
-    known = _HIGHER_IS_BETTER.get(re.sub(r"(?<=^recall_at)_\d+$", "", name))
+    known = _HIGHER_IS_BETTER.get(re.sub(r"^(recall_at|named_at)_\d+$", r"\1", name))
     if known is None:
         raise MahlstickError(f"measure {name!r} is unknown; use one of {', '.join(_HIGHER_IS_BETTER)}")
     return known
@@ -115,6 +117,11 @@ def rmse(wanted: ArrayLike, found: ArrayLike) -> float:
     """Root of the mean squared difference, in [0, 1]."""
     a, b = _pair(wanted, found)
     return float(np.sqrt(np.square(a - b).mean()))
+
+
+def psnr(wanted: ArrayLike, found: ArrayLike) -> float:
+    """Peak signal-to-noise ratio in decibels: −20 log₁₀ of the `rmse`, and at most 100."""
+    return float(-20 * np.log10(max(rmse(wanted, found), 1e-5)))
 
 
 def depth_rmse(wanted: ArrayLike, found: ArrayLike) -> float:
@@ -319,6 +326,40 @@ def recall_at(k: int, images: ArrayLike, texts: ArrayLike, correct: Sequence[int
     return float(((k - before) / tied).clip(0, 1).mean())
 
 
+# ---- names
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """An image classifier of transformers; ``names`` are its labels, each perhaps several words for one thing."""
+
+    model: Any
+    processor: Any
+    names: tuple[str, ...]
+
+    @classmethod
+    def load(cls, model: str, device: str = "cpu") -> Classifier:
+        """From a folder or hub id."""
+        network, processor, missing = _load(model, device, "AutoModelForImageClassification")
+        _refuse_untrained(model, missing)
+        return cls(network, processor, tuple(name for _, name in sorted(network.config.id2label.items())))
+
+    def scores(self, images: Sequence[PictureSource]) -> Array:
+        """N pictures → (N, names) logits, float64."""
+        return _encode(images, lambda part: self.model(**_pixels(part, self.processor, self.model)).logits)
+
+    def named_in(self, caption: str) -> int | None:
+        """The index of the longest name that the caption holds as whole words, if any: of "a flat cat face" the cat
+        face, not the cat. Commas in a name part words for the same thing, as ImageNet has them."""
+        found = [
+            (len(word), i)
+            for i, name in enumerate(self.names)
+            for word in name.split(", ")
+            if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)
+        ]
+        return max(found, key=lambda pair: (pair[0], -pair[1]))[1] if found else None
+
+
 # ---- many pictures against many others
 
 
@@ -381,17 +422,19 @@ def mean_with_interval(
 # ---- networks
 
 
-def _load(model: str, device: str) -> tuple[Any, Any, set[str]]:
-    """(network, image processor, names of the weights that the files lack)."""
+def _load(model: str, device: str, family: str = "AutoModel") -> tuple[Any, Any, set[str]]:
+    """(network, image processor, names of the weights that the files lack); ``family``: transformers' class."""
 
     def load_both(local: bool) -> tuple[Any, Any, set[str]]:
-        from transformers import AutoImageProcessor, AutoModel
+        import transformers
 
-        network, found = AutoModel.from_pretrained(model, local_files_only=local, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(model, local_files_only=local)
+        auto = getattr(transformers, family)
+        network, found = auto.from_pretrained(model, local_files_only=local, output_loading_info=True)
+        processor = transformers.AutoImageProcessor.from_pretrained(model, local_files_only=local)
         return network.eval().to(device), processor, set(found["missing_keys"])
 
-    loaded: tuple[Any, Any, set[str]] = weights.load(model, "a vision model of transformers", load_both)
+    kind = "a vision model" if family == "AutoModel" else "an image classifier"
+    loaded: tuple[Any, Any, set[str]] = weights.load(model, f"{kind} of transformers", load_both)
     return loaded
 
 

@@ -135,6 +135,8 @@ class DiffusionTask(Task):
         square = [(self.resolution, self.resolution)]
         self.buckets = data.bucket_sizes(self.resolution, step=step) if config.buckets else square
         self.frozen = {name: module for name, module in self.pipe.components.items() if isinstance(module, nn.Module)}
+        encoders = {name: part for name, part in self.frozen.items() if name.startswith("text_encoder")}
+        self.encoders = encoders if config.train_text else {}  # those that learn
         self.empty = self._text([""])[0]
 
     def check_prediction(self) -> None:
@@ -150,7 +152,7 @@ class DiffusionTask(Task):
         found: dict[str, Any] = {"resolution": self.resolution, "buckets": self.buckets, "vae": fingerprint(vae)}
         found["scaling"] = vae.config.scaling_factor, vae.config.shift_factor
         for name, part in self.pipe.components.items():
-            if name.startswith("text_enc") and part is not None:
+            if name.startswith("text_enc") and part is not None and name not in self.encoders:
                 found[name] = fingerprint(part)
             elif name.startswith("tokenizer") and part is not None:
                 found[name] = vocabulary(part)
@@ -192,9 +194,23 @@ class DiffusionTask(Task):
         top, left = round((picture.height * scale - height) / 2), round((picture.width * scale - width) / 2)
         return {"time_ids": torch.tensor([picture.height, picture.width, top, left, height, width]).float()}
 
+    def to_learn(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().to_learn(device, dtype)
+        for encoder in self.encoders.values():
+            self._place(encoder, device, dtype)
+
+    def _tokenizers(self) -> dict[str, Any]:
+        """By the names that their token ids have in a batch."""
+        found = {"text": getattr(self.pipe, "tokenizer", None), "text_2": getattr(self.pipe, "tokenizer_2", None)}
+        return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+
     @torch.no_grad()
     def _text(self, captions: list[str]) -> list[Features]:
-        """Each caption as ``text`` (length, dim) and, for SDXL, ``pooled`` (dim,)."""
+        """Each caption as ``text`` (length, dim) and, for SDXL, ``pooled`` (dim,); or, where the text encoders learn,
+        as token ids (length,), which are encoded in the step."""
+        if self.encoders:
+            ids = {name: token_ids(tokenizer, captions) for name, tokenizer in self._tokenizers().items()}
+            return [{name: rows[i] for name, rows in ids.items()} for i in range(len(captions))]
         encoder = getattr(self.pipe, "text_encoder", None) or self.pipe.text_encoder_2
         found = self.pipe.encode_prompt(captions, device=encoder.device, num_images_per_prompt=1,
                                         do_classifier_free_guidance=False)  # fmt: skip
@@ -218,7 +234,22 @@ class DiffusionTask(Task):
             noise = noise + self.config.noise_offset * torch.randn(z.shape[0], 1, 1, generator=random)
         return noise
 
+    def _encoded(self, batch: Features) -> Features:
+        """Token ids as the pipelines encode them: the last layer, or, in SDXL, both encoders' last but one."""
+        if len(self.encoders) == 1:
+            (encoder,), (name,) = self.encoders.values(), self._tokenizers()
+            return {"text": encoder(batch[name])[0]}
+        both = zip(self.encoders.values(), self._tokenizers(), strict=True)
+        first, second = (encoder(batch[name], output_hidden_states=True) for encoder, name in both)
+        text, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second[0]
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            said = (batch["text"] != self.empty["text"].to(text.device)).any(dim=1)
+            text, pooled = text * said.view(-1, 1, 1), pooled * said.view(-1, 1)
+        return {"text": text, "pooled": pooled}
+
     def forward(self, batch: Features) -> Tensor:
+        if self.encoders:
+            batch = batch | self._encoded(batch)
         noised, t, target, weight = self.objective.noised(batch["latents"], batch["noise"], batch["u"])
         dtype = self.pipe.unet.conv_in.weight.dtype  # to ask the UNet itself is to have it walk through all its modules
         arguments: dict[str, Any] = {"encoder_hidden_states": batch["text"].to(dtype)}
@@ -228,11 +259,19 @@ class DiffusionTask(Task):
         prediction = self.predict(noised.to(dtype), t, batch, arguments)
         return weight * (prediction.float() - target.float()).square().mean((1, 2, 3))
 
-    def _draw(self, example: Example | None, size: tuple[int, int], seed: int, unit: Unit) -> Image.Image:
-        """A picture by the pipeline under a unit, with the example's first caption or without words."""
+    def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
+        """Rows of result and true picture."""
+        fitted = [self._fitted(example) for example in examples]
+        return {}, [
+            [self._draw(example, true.size, seed), true]
+            for seed, (example, true) in enumerate(zip(examples, fitted, strict=True))
+        ]
+
+    def _draw(self, example: Example | None, size: tuple[int, int], seed: int, *units: Unit) -> Image.Image:
+        """A picture by the pipeline under the units, with the example's first caption or without words."""
         prompt = example.captions[0] if example is not None else ""
         guidance = guidance_of(self.config.base)
-        return draw(self.pipe, [prompt], [seed], size, [unit], steps=SAMPLE_STEPS, guidance=guidance)[0]
+        return draw(self.pipe, [prompt], [seed], size, units, steps=SAMPLE_STEPS, guidance=guidance)[0]
 
     @abstractmethod
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
@@ -370,16 +409,23 @@ class IPAdapterTask(DiffusionTask):
 
 
 class BaseTask(DiffusionTask):
-    """The UNet itself, fine-tuned or (``start = "scratch"``) from nothing."""
+    """The UNet and, with ``train_text``, the text encoders: fine-tuned or (``start = "scratch"``) from nothing."""
 
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
         super().__init__(config, pipe)
         unet = self.frozen.pop("unet")
+        for name in self.encoders:
+            del self.frozen[name]
         if config.start == "scratch":
             unet = type(unet).from_config(unet.config)
+            self.encoders = {name: type(part)(part.config) for name, part in self.encoders.items()}
         elif config.start is not None:
             unet = type(unet).from_pretrained(check_folder(config.start))
-        self.pipe.unet = self.trained = cast(Any, unet).float().train().requires_grad_(True)
+            self.encoders = {name: type(part).from_pretrained(check_folder(config.start, name))
+                             for name, part in self.encoders.items()}  # fmt: skip
+        for name, part in {"unet": unet, **self.encoders}.items():
+            setattr(self.pipe, name, cast(Any, part).float().train().requires_grad_(True))
+        self.trained, self.texts = self.pipe.unet, nn.ModuleDict(self.encoders)
 
     def check_prediction(self) -> None:
         """It may be taught to predict something else."""
@@ -389,6 +435,8 @@ class BaseTask(DiffusionTask):
 
     def save(self, folder: Path) -> None:
         self.trained.save_pretrained(folder)
+        for name, encoder in self.encoders.items():
+            encoder.save_pretrained(folder / name)
         scheduler = self.pipe.scheduler
         if self.objective.prediction != prediction_of(scheduler):
             scheduler = type(scheduler).from_config(scheduler.config, prediction_type=self.objective.prediction)
@@ -397,15 +445,13 @@ class BaseTask(DiffusionTask):
 
 class LoraTask(DiffusionTask):
     """Low-rank updates of the UNet's attention, and of the text encoders' with ``train_text`` (2106.09685), through
-    peft. Where the text encoders learn, token ids are cached and encoded in each step."""
+    peft."""
 
     TARGETS: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
     TEXT_TARGETS: ClassVar[list[str]] = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
         super().__init__(config, pipe)
-        encoders = {name: part for name, part in self.frozen.items() if name.startswith("text_encoder")}
-        self.encoders = encoders if config.train_text else {}
         learning = {"unet": self.pipe.unet, **self.encoders}
         for module in learning.values():
             module.requires_grad_(False)
@@ -444,45 +490,6 @@ class LoraTask(DiffusionTask):
             where = {"target_modules": self.TEXT_TARGETS, "layers_to_transform": list(range(layers)),
                      "layers_pattern": "layers"}  # fmt: skip
         return LoraConfig(r=self.config.rank, lora_alpha=self.config.rank, init_lora_weights="gaussian", **where)
-
-    def settings(self) -> dict[str, Any]:
-        known = super().settings()
-        if not self.config.train_text:
-            return known
-        return {name: value for name, value in known.items() if not name.startswith("text_enc")}
-
-    def _tokenizers(self) -> dict[str, Any]:
-        """By the names that their token ids have in a batch."""
-        found = {"text": getattr(self.pipe, "tokenizer", None), "text_2": getattr(self.pipe, "tokenizer_2", None)}
-        return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
-
-    def _text(self, captions: list[str]) -> list[Features]:
-        """Each caption's token ids (length,) where they are encoded in the step."""
-        if not self.config.train_text:
-            return super()._text(captions)
-        ids = {name: token_ids(tokenizer, captions) for name, tokenizer in self._tokenizers().items()}
-        return [{name: rows[i] for name, rows in ids.items()} for i in range(len(captions))]
-
-    def to_learn(self, device: torch.device, dtype: torch.dtype) -> None:
-        super().to_learn(device, dtype)
-        for encoder in self.encoders.values():
-            self._place(encoder, device, dtype)
-
-    def forward(self, batch: Features) -> Tensor:
-        return super().forward(batch | self._encoded(batch) if self.config.train_text else batch)
-
-    def _encoded(self, batch: Features) -> Features:
-        """Token ids as the pipelines encode them: the last layer, or, in SDXL, both encoders' last but one."""
-        if len(self.encoders) == 1:
-            (encoder,), (name,) = self.encoders.values(), self._tokenizers()
-            return {"text": encoder(batch[name])[0]}
-        both = zip(self.encoders.values(), self._tokenizers(), strict=True)
-        first, second = (encoder(batch[name], output_hidden_states=True) for encoder, name in both)
-        text, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second[0]
-        if self.pipe.config.force_zeros_for_empty_prompt:
-            said = (batch["text"] != self.empty["text"].to(text.device)).any(dim=1)
-            text, pooled = text * said.view(-1, 1, 1), pooled * said.view(-1, 1)
-        return {"text": text, "pooled": pooled}
 
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
         return cast(Tensor, self.pipe.unet(noised, t, **arguments).sample)
@@ -538,6 +545,17 @@ class VAETask(Task):
         across, down = y.diff(dim=-1) - x.diff(dim=-1), y.diff(dim=-2) - x.diff(dim=-2)
         detail = across.abs().mean((1, 2, 3)) + down.abs().mean((1, 2, 3))
         return (y - x).abs().mean((1, 2, 3)) + detail + self.KL * posterior.kl() / posterior.mean[0].numel()
+
+    def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
+        """Rows of true picture and what became of it; how near it is in decibels."""
+        rows = []
+        for example in examples:
+            true = data.fit(example.load(), (self.resolution, self.resolution))
+            x = to_tensor(true)[None].to(self.device) * 2 - 1
+            y = self.vae.decode(self.vae.encode(x).latent_dist.mean).sample[0].float().cpu()
+            rows.append([true, to_picture(y)])
+        psnr = sum(metrics.psnr(np.asarray(true), np.asarray(found)) for true, found in rows) / len(rows)
+        return {"psnr": psnr, SCORE: psnr}, rows
 
     def save(self, folder: Path) -> None:
         self.vae.save_pretrained(folder)
@@ -618,6 +636,11 @@ def gathered(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, int]:
 def to_tensor(picture: Image.Image) -> Tensor:
     """(3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def to_picture(x: Tensor) -> Image.Image:
+    """Of (3, H, W) in [−1, 1]."""
+    return Image.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def vocabulary(tokenizer: Any) -> str:

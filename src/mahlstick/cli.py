@@ -480,6 +480,12 @@ def evaluate(
         str | None,
         typer.Option(metavar="CLIP", help="Folder or hub id of a CLIP; left out, the base's own image encoder."),
     ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK", help="Folder or hub id of an image classifier: is what the caption names seen?"
+        ),
+    ] = None,
     fid: Annotated[
         str | None, typer.Option(metavar="NETWORK", help="Folder or hub id of a vision model to take FID over.")
     ] = None,
@@ -494,10 +500,11 @@ def evaluate(
     dtype: Dtype = None,
     json_output: Json = False,
 ) -> None:
-    """Measure whether an adapter works.
+    """Measure whether an adapter works, or a base.
 
     Makes each picture of a folder again from its caption, without the adapter and with it, and compares both with the
-    true one: does the result keep the control, show the words, resemble the reference?
+    true one: does the result keep the control, show the words, resemble the reference? Without an adapter it judges
+    the base alone.
 
     Examples:
 
@@ -506,6 +513,8 @@ def evaluate(
       mahlstick evaluate --data held_out --control my_net@canny:0.8 -o low=50
 
       mahlstick evaluate --data held_out --image-prompt my_ip --judge my_clip
+
+      mahlstick evaluate --data held_out --base my_base --classifier my_classifier
 
     The folder of the report holds report.md, contact_sheet.png, figures.json, report.jsonl and all pictures. Given
     again, the command goes on where it stopped. docs/evaluate.md says how to read it.
@@ -521,6 +530,7 @@ def evaluate(
         "references": references,
         "image_encoder": image_encoder,
         "judge": judge,
+        "classifier": classifier,
         "fid": fid,
         "count": count,
         "resolution": resolution,

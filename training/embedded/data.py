@@ -169,21 +169,21 @@ def bare(code: str) -> str:
 # ---- pictures
 
 
-def shrink(picture: Image.Image) -> np.ndarray:
-    """An RGBA picture at SIZE × SIZE; Pillow weighs colours by alpha, so no fringe appears: (64, 64, 4) uint8."""
-    return np.asarray(picture.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.BOX, reducing_gap=None))
+def shrink(picture: Image.Image, size: int = SIZE) -> np.ndarray:
+    """An RGBA picture as (size, size, 4) uint8; Pillow weighs colours by alpha, so no fringe appears."""
+    return np.asarray(picture.convert("RGBA").resize((size, size), Image.Resampling.BOX, reducing_gap=None))
 
 
-def rasterise(icon: dict[str, Any], width: float, height: float) -> np.ndarray:
-    """An iconify icon as (64, 64, 4) uint8; the drawing's ``currentColor`` is black."""
+def rasterise(icon: dict[str, Any], width: float, height: float, size: int = SIZE) -> np.ndarray:
+    """An iconify icon as (size, size, 4) uint8; the drawing's ``currentColor`` is black."""
     import resvg_py
 
     w, h = icon.get("width", width), icon.get("height", height)
     body = icon["body"].replace("currentColor", "#000")
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     svg = f'<svg {names} viewBox="0 0 {w} {h}">{body}</svg>'
-    data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE, height=2 * SIZE)
-    return shrink(Image.open(io.BytesIO(bytes(data))))
+    data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size)
+    return shrink(Image.open(io.BytesIO(bytes(data))), size)
 
 
 def colour_of(rgba: np.ndarray) -> str:
@@ -317,14 +317,16 @@ def recolour(rgba: Tensor, colour: str) -> Tensor:
 
 def warp(rgba: Tensor, rng: random.Random) -> Tensor:
     """One picture (4, H, W) uint8 under a random flip, turn, scale and shift: a drawing not seen before."""
+    size = rgba.shape[-1]
     angle, scale = rng.uniform(-18, 18), rng.uniform(0.72, 1.05)
     stretch = rng.uniform(0.85, 1.15)
-    matrix = cv2.getRotationMatrix2D((SIZE / 2 - 0.5, SIZE / 2 - 0.5), angle, scale)
+    matrix = cv2.getRotationMatrix2D((size / 2 - 0.5, size / 2 - 0.5), angle, scale)
     matrix[:, 0] *= stretch
-    matrix[:, 2] += [(1 - stretch) * SIZE / 2 + rng.uniform(-5, 5), rng.uniform(-5, 5)]
+    shift = 5 * size / 64
+    matrix[:, 2] += [(1 - stretch) * size / 2 + rng.uniform(-shift, shift), rng.uniform(-shift, shift)]
     x = rgba.permute(1, 2, 0).numpy().astype(np.float32)
     x[..., :3] *= x[..., 3:] / 255
-    x = cv2.warpAffine(x, matrix, (SIZE, SIZE), flags=cv2.INTER_AREA)
+    x = cv2.warpAffine(x, matrix, (size, size), flags=cv2.INTER_AREA)
     x[..., :3] *= 255 / np.maximum(x[..., 3:], 1)
     out = torch.from_numpy(x.clip(0, 255).round().astype(np.uint8)).permute(2, 0, 1)
     return out.flip(-1) if rng.random() < 0.5 else out
@@ -358,7 +360,7 @@ def line_art(rgba: Tensor, rng: random.Random | None = None) -> Tensor:
     x = lines.astype(np.float32) / 255
     if rng.random() < 0.15:  # broken lines
         hole = cv2.resize(
-            np.random.RandomState(rng.randrange(2**31)).rand(8, 8), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR
+            np.random.RandomState(rng.randrange(2**31)).rand(8, 8), lines.shape, interpolation=cv2.INTER_LINEAR
         )
         x = x * (hole > 0.3)
     if rng.random() < 0.4:

