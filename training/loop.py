@@ -43,6 +43,7 @@ PATIENCE_OF_A_SCALER = 20  # which finds its scale by leaving steps out
 HELD_OUT = 256  # held-out examples at most over which the loss is taken
 MOST_REPEATED = 0.2  # share of rows that fill up batches, above which it is worth a word
 SAMPLES = 8  # held-out examples in a validation's picture grid
+LARGE = 2**30  # bytes of weights from which on memory is worth more than time
 M_MMAP_THRESHOLD = -3  # malloc.h's name for the size from which a block is mapped on its own
 AVERAGE, PROGRESS = "average.safetensors", "progress.json"
 
@@ -94,7 +95,8 @@ class Loop:
     ) -> None:
         self.config = config = task.config
         self.accelerator = a = accelerator
-        give_back_freed_memory()
+        if task.weight > LARGE:
+            give_back_freed_memory()
         check_processes(config, task, a)
         self.task, self.cache, self.held_out = task, cache, list(held_out)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
@@ -442,7 +444,7 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc return large blocks to the system as soon as they are freed.
+    """Have glibc return large blocks to the system as soon as they are freed. Small nets would be slower by a tenth.
 
     It does so at first, but raises the size from which it does up to 32 MiB as such blocks come and go. Activations
     then come from a heap full of holes, and the process holds memory that nothing uses.

@@ -119,6 +119,12 @@ class Task(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def weight(self) -> int:
+        """Bytes of all weights, learned and frozen."""
+        nets = [self, *self.frozen.values()]
+        return sum(p.numel() * p.element_size() for p in {id(p): p for net in nets for p in net.parameters()}.values())
+
 
 class DiffusionTask(Task):
     """A task on a base's denoising: latents and text are cached, z_t and the target are made from the row's draws."""
@@ -507,7 +513,11 @@ class LoraTask(DiffusionTask):
 
 
 class VAETask(Task):
-    """The autoencoder: L1 of the picture and of its gradients, and a little KL (2112.10752, G)."""
+    """The autoencoder: L1 of the picture and of its gradients, and a little KL (2112.10752, G).
+
+    From scratch, colours are left for last, and everything is brown for long. So there a linear layer, which is not
+    saved, reads each block's mean colour off its latent, and the result is compared by blocks as well.
+    """
 
     KL = 1e-4
 
@@ -519,8 +529,10 @@ class VAETask(Task):
         elif config.start is not None:
             vae = type(vae).from_pretrained(check_folder(config.start))
         self.vae = vae.float().train().requires_grad_(True)
+        self.colours = nn.Conv2d(vae.config.latent_channels, 3, 1) if config.start == "scratch" else None
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = config.resolution or int(vae.config.sample_size)
-        check_resolution(self.resolution, 2 ** (len(vae.config.block_out_channels) - 1))
+        check_resolution(self.resolution, self.factor)
 
     def settings(self) -> dict[str, Any]:
         return {"pixels": self.resolution}
@@ -533,8 +545,7 @@ class VAETask(Task):
         ]
 
     def draw(self, features: Features, random: torch.Generator) -> Features:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = self.resolution // factor
+        side = self.resolution // self.factor
         noise = torch.randn(self.vae.config.latent_channels, side, side, generator=random)
         return features | {"noise": noise}
 
@@ -544,7 +555,13 @@ class VAETask(Task):
         y = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
         across, down = y.diff(dim=-1) - x.diff(dim=-1), y.diff(dim=-2) - x.diff(dim=-2)
         detail = across.abs().mean((1, 2, 3)) + down.abs().mean((1, 2, 3))
-        return (y - x).abs().mean((1, 2, 3)) + detail + self.KL * posterior.kl() / posterior.mean[0].numel()
+        loss = (y - x).abs().mean((1, 2, 3)) + detail + self.KL * posterior.kl() / posterior.mean[0].numel()
+        return loss if self.colours is None else loss + self._colour_loss(self.colours(posterior.mean), x, y)
+
+    def _colour_loss(self, read: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """(B,): how far the blocks' colours, as ``read`` off the latents and as decoded in ``y``, are from ``x``."""
+        wanted, decoded = (F.avg_pool2d(part, self.factor) for part in (x, y))
+        return (2 * (read - wanted).abs() + (decoded - wanted).abs()).mean((1, 2, 3))
 
     def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
         """Rows of true picture and what became of it; how near it is in decibels."""

@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -78,6 +78,13 @@ class Atlas:
         """Those to train on, or those kept out of it."""
         every = product(range(len(self.concepts)), STYLES)
         return [(concept, style) for concept, style in every if self.held_out(concept, style) == held_out]
+
+    def styles(self) -> dict[int, list[str]]:
+        """For each known concept the styles that training may show it in."""
+        found: dict[int, list[str]] = {}
+        for concept, style in self.pairs(held_out=False):
+            found.setdefault(concept, []).append(style)
+        return found
 
 
 def load(cache: Path) -> Atlas:
@@ -220,11 +227,13 @@ class _Folder:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
 
-    def add(self, name: str, picture: np.ndarray, captions: list[str], partners: dict[str, np.ndarray]) -> None:
-        """Write a picture and its partners, all under one name."""
+    def add(
+        self, name: str, picture: np.ndarray, captions: list[str], partners: Mapping[str, np.ndarray], **facts: str
+    ) -> None:
+        """Write a picture and its partners, all under one name; ``facts`` stand beside the captions, for the judges."""
         for path, image in ((self.path, picture), *((self.partners[k], image) for k, image in partners.items())):
             Image.fromarray(image).save(path / f"{name}.png", compress_level=1)
-        self.rows.append(json.dumps({"file_name": f"{name}.png", "text": captions}))
+        self.rows.append(json.dumps({"file_name": f"{name}.png", "text": captions, **facts}))
 
     def close(self) -> None:
         """Write the captions."""
@@ -237,18 +246,18 @@ def write(atlas: Atlas, folder: Path, seed: int = 20) -> None:
     ``learn`` all pairs to train on, with ``learn-lineart``, ``learn-mask`` and ``learn-reference`` (the same concept,
     perhaps by another hand, moved and in the same colour); ``unseen`` the shaded pictures of concepts that no training
     sees, with ``unseen-lineart``, ``unseen-glyph`` (outlines of the black-and-white glyphs) and ``unseen-mask``;
-    ``pairs`` known concepts in a style that they were never shown in.
+    ``pairs`` known concepts in a style that they were never shown in; ``seen`` each known concept in one of its styles,
+    and ``colours`` fifty of them in a colour that they do not have.
     """
     _write_learn(atlas, folder, random.Random(seed))
     _write_unseen(atlas, folder)
+    _write_seen(atlas, folder, random.Random(seed))
 
 
 def _write_learn(atlas: Atlas, below: Path, rng: random.Random) -> None:
     strange = data.UnknownWords(SYLLABLES, atlas.concepts)
     folder, known = _Folder(below, "learn", ("lineart", "mask", "reference")), atlas.pairs(held_out=False)
-    styles: dict[int, list[str]] = {}
-    for concept, style in known:
-        styles.setdefault(concept, []).append(style)
+    styles = atlas.styles()
     for concept, style in tqdm(known, "learn"):
         entry, drawing = atlas.entry(concept, style), atlas.drawing(concept, style)
         for number, variant in enumerate(variants(style, rng, copies_of(entry, style))):
@@ -261,7 +270,9 @@ def _write_learn(atlas: Atlas, below: Path, rng: random.Random) -> None:
                 "mask": mask(drawing, variant),
                 "reference": moved.paint(atlas.drawing(concept, rng.choice(styles[concept]))),
             }
-            folder.add(f"{entry.code}-{style}-{number:02}", variant.paint(drawing), captions, partners)
+            facts = {"concept": entry.label, "style": CALLED.get(style, style), "colour": variant.tint or entry.colour}
+            name = f"{entry.code}-{style}-{number:02}"
+            folder.add(name, variant.paint(drawing), captions, partners, **facts)
     folder.close()
 
 
@@ -271,8 +282,7 @@ def _write_unseen(atlas: Atlas, below: Path) -> None:
     for concept, style in atlas.pairs(held_out=True):
         entry, drawing = atlas.entry(concept, style), atlas.drawing(concept, style)
         if not entry.held_out:
-            called = CALLED.get(style, style)
-            pairs.add(f"{entry.code}-{style}", plain.paint(drawing), [f"{called} {entry.label}"], {})
+            pairs.add(f"{entry.code}-{style}", plain.paint(drawing), [asked(entry, style)], {})
         elif style == SHADED:
             partners = {
                 "lineart": line_art(atlas, concept, style, plain),
@@ -282,3 +292,26 @@ def _write_unseen(atlas: Atlas, below: Path) -> None:
             concepts.add(entry.code, plain.paint(drawing), [entry.label], partners)
     concepts.close()
     pairs.close()
+
+
+def _write_seen(atlas: Atlas, below: Path, rng: random.Random) -> None:
+    seen, colours = _Folder(below, "seen", ()), _Folder(below, "colours", ())
+    styles = atlas.styles()
+    for concept, known in styles.items():
+        style = rng.choice(known)
+        entry, drawing = atlas.entry(concept, style), atlas.drawing(concept, style)
+        seen.add(f"{entry.code}-{style}", Variant().paint(drawing), [asked(entry, style)], {})
+    seen.close()
+    plain = [c for c in styles if not set(atlas.concepts[c].label.split()) & {*data.COLOURS, *data.GREYS}]
+    plain = [c for c in plain if atlas.concepts[c].subgroup in data.CORE]
+    for concept in rng.sample(plain, min(50, len(plain))):
+        entry = atlas.concepts[concept]
+        tint = rng.choice([colour for colour in data.COLOURS if colour != entry.colour])
+        picture = Variant(tint=tint).paint(atlas.drawing(concept, SHADED))
+        colours.add(f"{entry.code}-{tint}", picture, [f"{tint} {entry.label}"], {})
+    colours.close()
+
+
+def asked(entry: Concept, style: str) -> str:
+    """A plain prompt for a pair."""
+    return f"{CALLED.get(style, style)} {entry.label}"

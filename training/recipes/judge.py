@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ def head(x: Tensor, labels: Sequence[str], seed: int = 0) -> tuple[nn.Linear, li
     return layer, names, float(right)
 
 
-def train(files: Sequence[Path], labels: dict[str, Sequence[str]], packages: Path, out: Path) -> dict[str, float]:
+def train(files: Sequence[Path], labels: Mapping[str, Sequence[str]], packages: Path, out: Path) -> dict[str, float]:
     """Write a judge ``out/NAME`` for each name in ``labels``, which has a label for each file, or "" for none.
 
     Returns how often each is right on real pictures that it did not learn from.

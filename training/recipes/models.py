@@ -122,15 +122,21 @@ def adopt_vae(model: Path, vae: Path, known: Path, pictures: Tensor) -> None:
     new.save_pretrained(model / "vae")
     z, z_new = (x.transpose(0, 1).flatten(1) for x in (latents_of(old, halved(pictures)), latents_of(new, pictures)))
     to_old, to_new = torch.linalg.lstsq(z_new.T, z.T).solution.T, torch.linalg.lstsq(z.T, z_new.T).solution.T
-    wrote = UNet2DConditionModel.from_pretrained(known, subfolder="unet")
-    unet = widened(wrote)
-    unet.conv_in.weight.copy_(torch.einsum("oikl,ij->ojkl", wrote.conv_in.weight, to_old))
-    unet.conv_in.bias.copy_(wrote.conv_in.bias)
-    unet.conv_out.weight.copy_(torch.einsum("oikl,jo->jikl", wrote.conv_out.weight, to_new))
-    unet.conv_out.bias.copy_(to_new @ wrote.conv_out.bias)
-    unet.save_pretrained(model / "unet")
+    unet = UNet2DConditionModel.from_pretrained(known, subfolder="unet")
+    translated(unet, to_old, to_new).save_pretrained(model / "unet")
     left = [1 - float((a - m @ b).var() / a.var()) for a, b, m in ((z, z_new, to_old), (z_new, z, to_new))]
     log.info("variance explained: %.2f of the old latents, %.2f of the new ones", *left)
+
+
+@torch.no_grad()
+def translated(unet: UNet2DConditionModel, to_old: Tensor, to_new: Tensor) -> UNet2DConditionModel:
+    """The UNet for latents z′, with z ≈ ``to_old`` z′ (4 × 8) and z′ ≈ ``to_new`` z (8 × 4)."""
+    wide = widened(unet)
+    wide.conv_in.weight.copy_(torch.einsum("oikl,ij->ojkl", unet.conv_in.weight, to_old))
+    wide.conv_in.bias.copy_(unet.conv_in.bias)
+    wide.conv_out.weight.copy_(torch.einsum("oikl,jo->jikl", unet.conv_out.weight, to_new))
+    wide.conv_out.bias.copy_(to_new @ unet.conv_out.bias)
+    return wide
 
 
 def halved(pictures: Tensor) -> Tensor:
