@@ -1,5 +1,5 @@
 """Training a ControlNet here and as diffusers' ``examples/controlnet/train_controlnet.py`` does it, side by side:
-``python -m benchmarks.train_throughput [tiny] [embedded] [sd15] [--resolution N] [--batch N] [--steps N] [--repeats N]``.
+``python -m benchmarks.train_throughput [tiny] [sd15] [--resolution N] [--batch N] [--steps N] [--repeats N]``.
 
 The peer is that script's loop in its published settings, written down anew: once as it stands, once with its
 ``--set_grads_to_none``, which takes less memory. All learn from the same files on the same random base in the same
@@ -37,7 +37,6 @@ from PIL import Image, ImageDraw
 from torchvision import transforms
 
 from benchmarks import full_size, tiny
-from mahlstick.pipelines.load import load_pipeline
 from mahlstick.training.cache import FeatureCache
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import read_dataset
@@ -83,20 +82,10 @@ def sd15() -> dict[str, Any]:
     }
 
 
-def embedded() -> dict[str, Any]:
-    """The model that comes with mahlstick, with its weights."""
-    return dict(load_pipeline("embedded", device="cpu", dtype="float32").components)
-
-
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "tiny": partial(tiny.components, "sd1"),
-    "embedded": embedded,
-    "sd15": sd15,
-}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"tiny": partial(tiny.components, "sd1"), "sd15": sd15}
 
 SHAPES = {
     "tiny": Shape("tiny", "tiny", (16, 32, 96, 256), tiny.SIZE, 4, 40, 5, True),
-    "embedded": Shape("embedded", "embedded", (16, 32, 64), 64, 16, 12, 3, True),
     "sd15": Shape("SD 1.5", "sd15", (16, 32, 96, 256), 256, 4, 3, 1, False),
 }
 

@@ -64,6 +64,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ImageDraw.Draw(picture).ellipse((10 + 4 * i, 8, 50 + 4 * i, 40 + 4 * i), fill=(40 * i, 90, 200 - 40 * i))
         picture.save(folder / "data" / f"{i}.png")
         (folder / "data" / f"{i}.txt").write_text(caption)
+    (folder / "wordless").mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "wordless" / "0.png")
     return folder
 
 
@@ -191,7 +193,7 @@ def test_a_base_alone_is_judged_by_a_classifier(models: Path, tmp_path: Path) ->
         ("a Red Fox runs", 0),
         ("an owlet", None),
         ("a tree", 2),
-        ("the bush, and an owl", 2),
+        ("the owl and a bush", 1),
         ("a fox", None),
         ("", None),
     ],
@@ -331,6 +333,12 @@ def test_a_larger_count_goes_on_with_the_same_pictures(models: Path, tmp_path: P
     ("fields", "error"),
     [
         ({"control": None, "image_prompt": "ip"}, "annotator is given without control"),
+        ({"references": "refs"}, "references is given without image_prompt"),
+        ({"classifier": "{models}/clip"}, "clip' lacks the weights classifier"),
+        (
+            {"classifier": "{models}/classifier", "data": "{models}/wordless"},
+            "no caption of .*wordless holds one of its",
+        ),
         ({"annotator": "kanny"}, "annotator 'kanny' is unknown; did you mean canny"),
         ({"annotator": "shuffle"}, "annotator 'shuffle' has no measure; one of these has"),
         ({"annotator": None}, "has no control pictures; add them, or name an annotator"),

@@ -13,12 +13,15 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
+from mahlstick.training.config import TrainConfig, read_config
 from mahlstick.training.data import read_dataset
 from mahlstick.training.embedded.data import COLOURS, Concept
 from mahlstick.training.metrics import Classifier
+from mahlstick.training.recipes import __main__ as command
 from mahlstick.training.recipes import emoji, judge, models
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "embedded"
+RECIPES = Path(emoji.__file__).parent
 SIDE, COUNT = 32, 20
 
 
@@ -39,7 +42,9 @@ def test_what_is_held_out(atlas: emoji.Atlas) -> None:
     whole = {concept for concept, _ in kept} - {concept for concept, _ in learned}
     assert whole == {0, 12}
     parts = [(concept, style) for concept, style in kept if concept not in whole]
-    assert 0 < len(parts) < COUNT and all(style != emoji.SHADED for _, style in parts), "each is known in the shaded style"
+    assert 0 < len(parts) < COUNT and all(style != emoji.SHADED for _, style in parts), (
+        "each is known in the shaded style"
+    )
     assert atlas.styles().keys() == {concept for concept, _ in learned}
 
 
@@ -120,10 +125,42 @@ def test_judges_are_classifiers_that_evaluate_reads(tmp_path: Path, monkeypatch:
         colour = ("red", "green", "blue")[i % 3]
         Image.new("RGB", (SIDE, SIDE), tuple(min(255, v + i) for v in COLOURS[colour])).save(tmp_path / f"{i}.png")
         files.append(tmp_path / f"{i}.png")
-        colours.append(colour if i != 5 else "")
-    right = judge.train(files, {"colours": colours}, tmp_path, tmp_path / "judges")
+        colours.append(colour)
+    others = [i % 5 == 0 for i in range(40)]
+    right = judge.train(files, {"colours": colours}, others, tmp_path, tmp_path / "judges")
     assert right == {"colours": 1.0}
     classifier = Classifier.load(str(tmp_path / "judges" / "colours"))
     assert classifier.names == ("blue", "green", "red")
     named = [classifier.names[i] for i in classifier.scores(files).argmax(1)]
-    assert sum(a == b for a, b in zip(named, colours, strict=True)) >= 38
+    assert named == colours
+
+
+def test_results_are_adopted_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["adopt-base"]) == 2
+    told = capsys.readouterr().err
+    assert "runs/base holds no result yet; mahlstick train --config training/recipes/base.toml" in told
+    assert told.count("\n") == 1
+    model, run = command.CACHE / "model", command.CACHE / "runs" / "base"
+    (model / "unet").mkdir(parents=True)
+    for folder in (run, run / "best", run / "best" / "text_encoder"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(folder.name)
+        (folder / "weights.safetensors").write_text(folder.name)
+    assert command.main(["adopt-base"]) == 0
+    adopted = {str(path.relative_to(model)): path.read_text() for path in model.rglob("*.*")}
+    wanted = {"unet": "base", "text_encoder": "text_encoder"}  # the second is there only in the best so far
+    names = ("config.json", "weights.safetensors")
+    assert adopted == {f"{part}/{name}": text for part, text in wanted.items() for name in names}
+    (run / "best" / "text_encoder" / "config.json").unlink()
+    (run / "config.json").write_text("new")
+    assert command.main(["adopt-base"]) == 2 and (model / "unet" / "config.json").read_text() == "base"
+    assert command.main(["judges"]) == 2 and "do the stage pictures first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_is_a_run(recipe: Path) -> None:
+    config = TrainConfig(**read_config(str(recipe)))
+    assert Path(config.out).name == recipe.stem and f"--config training/recipes/{recipe.name}" in recipe.read_text()

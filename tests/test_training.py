@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -147,6 +153,45 @@ def test_a_base_learns_with_its_text_encoder(pictures: Path, tmp_path: Path) -> 
     assert (encoder(ids)[0] - before.text_encoder(ids)[0]).abs().max() > 1e-3
     again = TASKS_BY_NAME["base"](config("base", pictures, tmp_path, start=str(whole), **fields), pipe())
     assert torch.equal(again.pipe.text_encoder(ids)[0], encoder(ids)[0])
+
+
+def test_a_base_of_sdxl_uses_all_that_it_learns(pictures: Path, tmp_path: Path) -> None:
+    """What gets no gradient would stop several processes."""
+    parts = copy.deepcopy(tiny.components("sdxl"))
+    task = TASKS_BY_NAME["base"](
+        config("base", pictures, tmp_path, train_text=True), StableDiffusionXLPipeline(**parts)
+    )
+    task.to_learn(torch.device("cpu"), torch.float32)
+    rows = [task.draw(row, torch.Generator().manual_seed(0)) for row in task.encode(read_dataset(pictures)[:2])]
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"u": torch.tensor([0.3, 0.7])}
+    task(batch).sum().backward()
+    learned = {name for name, p in task.named_parameters() if p.requires_grad}
+    assert learned == {name for name, p in task.named_parameters() if p.grad is not None}
+    assert {name.split(".")[1] for name in learned if name.startswith("texts")} == {"text_encoder", "text_encoder_2"}
+
+
+def test_a_base_and_its_text_encoder_stay_together(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "earlier" / "text_encoder").mkdir(parents=True)
+    with pytest.raises(ms.MahlstickError, match="learned with its text encoder; add --train-text"):
+        TASKS_BY_NAME["base"](config("base", pictures, tmp_path, start=str(tmp_path / "earlier")), pipe())
+
+
+def test_a_base_that_predicts_something_else_draws_so(pictures: Path, tmp_path: Path) -> None:
+    task = TASKS_BY_NAME["base"](config("base", pictures, tmp_path, prediction="v_prediction"), pipe())
+    assert task.pipe.scheduler.config.prediction_type == "v_prediction"
+    task.save(tmp_path / "out")
+    assert (
+        json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    )
+
+
+def test_a_vae_from_scratch_learns_with_a_head_that_is_not_saved(pictures: Path, tmp_path: Path) -> None:
+    fields = {"start": "scratch", "ema": 0.9}
+    whole = train(config("vae", pictures, tmp_path / "whole", **fields), pipe())
+    train(config("vae", pictures, tmp_path / "parts", steps=2, **fields), pipe())
+    assert same(whole, train(config("vae", pictures, tmp_path / "parts", **fields), pipe()))
+    assert type(pipe().vae).from_pretrained(whole) is not None
+    assert not any("colours" in name for name in weights(whole))
 
 
 @pytest.mark.parametrize(("task", "figure", "columns"), [("base", "held_out_loss", 2), ("vae", "psnr", 2)])
@@ -435,6 +480,7 @@ def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path)
         ("lora --data d --out o --ema 1", "ema: should be less than 1"),
         ("lora --data d --out o --annotator-options low", "give NAME=VALUE"),
         ("lora --data d --out o --start scratch", "a lora starts fresh by itself"),
+        ("clip --data d --out o --train-text", "train_text is for a base or a LoRA; a clip learns without"),
         ("lora --config none.toml", "none.toml: cannot be read"),
     ],
 )

@@ -96,6 +96,8 @@ class TrainConfig(Spec):
     def _fits_together(self) -> Self:
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch must divide batch; {self.micro_batch} does not divide {self.batch}")
+        if self.train_text and self.task not in ("base", "lora"):
+            raise ValueError(f"train_text is for a base or a LoRA; a {self.task} learns without, so leave it out")
         if self.start == "scratch" and self.task not in ("base", "vae", "clip"):
             raise ValueError(f"start is 'scratch', but a {self.task} starts fresh by itself; leave it out")
         return self

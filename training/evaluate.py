@@ -1,4 +1,5 @@
-"""Whether an adapter works: pictures made with it and without it, from the same words and seeds, and both measured.
+"""Whether an adapter works: pictures made with it and without it, from the same words and seeds, and both measured;
+or whether a base does: without an adapter its own pictures are.
 
     from mahlstick.training.evaluate import EvaluateConfig, evaluate
 
@@ -99,6 +100,10 @@ class EvaluateConfig(Spec):
     def _fits(self) -> Self:
         if self.annotator is not None and self.control is None:
             raise ValueError("annotator is given without control; it measures how a control is kept")
+        for name, needed in (("control_pictures", "control"), ("references", "image_prompt"),
+                             ("image_encoder", "image_prompt")):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{name} is given without {needed}; give both, or leave it out")
         return self
 
     @property
@@ -126,8 +131,9 @@ class Evaluation:
     """What was found.
 
     ``figures``: by measure (a function's name in `metrics`, or ``recall_at_1`` and so on) and column: ``without`` the
-    units, ``with`` them, the ``difference`` picture by picture, and of the ``true`` pictures where that tells the
-    ceiling. ``rows``: one for each picture. ``notes``: sentences on what was left out and what to beware of.
+    adapters, ``with`` them if there are any, the ``difference`` picture by picture, and of the ``true`` pictures
+    where that tells the ceiling. ``rows``: one for each picture. ``notes``: sentences on what was left out and what to
+    beware of.
     """
 
     config: EvaluateConfig
@@ -391,13 +397,13 @@ def _recall(k: int, texts: Array, picture: Array, own: int) -> float:
 
 
 def measure_names(cases: Sequence[Case], classifier: metrics.Classifier) -> dict[str, Values]:
-    """Is the name that a picture's caption holds among the k likeliest? NaN where it holds none of the names."""
+    """`metrics.named_at` of the name that a picture's caption holds; NaN where it holds none."""
     wanted = [classifier.named_in(case.caption) for case in cases]
     scores = {column: classifier.scores([case.files[column] for case in cases]) for column in judged(cases)}
 
     def right(k: int, of: Array) -> Array:
-        pairs = zip(wanted, of, strict=True)
-        return np.array([np.nan if own is None else float((row > row[own]).sum() < k) for own, row in pairs])
+        pairs = zip(of, wanted, strict=True)
+        return np.array([np.nan if own is None else metrics.named_at(k, row, own) for row, own in pairs])
 
     return {
         f"named_at_{k}": {column: right(k, of) for column, of in scores.items()}
@@ -450,6 +456,17 @@ def choose_judge(config: EvaluateConfig, pipe: Any) -> tuple[metrics.ClipJudge |
     return metrics.ClipJudge(encoder, processor, None), notes
 
 
+def choose_classifier(config: EvaluateConfig, examples: Sequence[Example], device: str) -> metrics.Classifier | None:
+    """The classifier, if one is given. Raises ``MahlstickError`` where no caption holds one of its names."""
+    if config.classifier is None:
+        return None
+    found = metrics.Classifier.load(config.classifier, device)
+    if all(found.named_in(example.captions[0]) is None for example in examples):
+        some = ", ".join(repr(name) for name in found.names[:3])
+        raise MahlstickError(f"classifier: no caption of {config.data} holds one of its names ({some} …); give another")
+    return found
+
+
 # ---- evaluate
 
 
@@ -471,7 +488,7 @@ def evaluate(
     painter = Painter.load(config, loader or Loader(), device, dtype)
     judge, notes = choose_judge(config, painter.pipe)
     network = metrics.feature_network(config.fid, str(painter.pipe.device)) if config.fid else None
-    classifier = metrics.Classifier.load(config.classifier, str(painter.pipe.device)) if config.classifier else None
+    classifier = choose_classifier(config, examples, str(painter.pipe.device))
     cases = painter.cases(examples, progress)
     todo = [case for case in cases if not case.is_made]
     with tqdm(total=len(cases), initial=len(cases) - len(todo), desc="evaluate", disable=not progress) as bar:
@@ -489,7 +506,7 @@ def evaluate(
     figures = {name: summarise(values) for name, values in found.items()}
     if network is not None:
         figures["frechet_distance"] = measure_distance(cases, network)
-    evaluation = Evaluation(config, figures, _rows(cases, found), notes + _notes(config, cases))
+    evaluation = Evaluation(config, figures, _rows(cases, found), notes + _notes(config, cases, found))
     _write(evaluation, cases)
     return evaluation
 
@@ -529,9 +546,11 @@ def _rows(cases: Sequence[Case], found: Mapping[str, Values]) -> list[dict[str, 
     return rows
 
 
-def _notes(config: EvaluateConfig, cases: Sequence[Case]) -> list[str]:
+def _notes(config: EvaluateConfig, cases: Sequence[Case], found: Mapping[str, Values]) -> list[str]:
     """What to beware of."""
     notes = []
+    if "named_at_1" in found and (unnamed := int(np.isnan(found["named_at_1"][TRUE]).sum())):
+        notes.append(f"{unnamed} captions hold none of the names of {config.classifier}; named@k leaves them out.")
     if config.control is not None and config.annotator is None:
         notes.append("How well the control is kept is not measured: no annotator is named.")
     if not any(case.caption.strip() for case in cases):
@@ -539,7 +558,7 @@ def _notes(config: EvaluateConfig, cases: Sequence[Case]) -> list[str]:
     if config.fid is not None:
         notes.append(
             f"FID is taken over {config.fid}; few pictures raise it, so compare equal numbers of them. That of the true"
-            " pictures is of one half to the other."
+            " pictures is of one half to the other, which is raised more and no ceiling."
         )
     if len(cases) < FEW:
         notes.append(f"Of only {len(cases)} pictures the intervals are too narrow.")

@@ -95,7 +95,7 @@ class Loop:
     ) -> None:
         self.config = config = task.config
         self.accelerator = a = accelerator
-        if task.weight > LARGE:
+        if task.size_of_weights > LARGE:
             give_back_freed_memory()
         check_processes(config, task, a)
         self.task, self.cache, self.held_out = task, cache, list(held_out)
@@ -260,10 +260,9 @@ class Loop:
         self.task.to_encode(self.accelerator.device)
         try:
             figures, rows = self.task.sample(self.held_out[:SAMPLES])
-        except (MahlstickError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MahlstickError) or out_of_memory(error)):
-                raise
-            log.warning("step %d: no samples (%s)", self.progress.step, str(error).splitlines()[0])
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            log.warning("step %d: no samples (%s)", self.progress.step, reason)
             return {}
         finally:
             self.task.to_learn(self.accelerator.device, self.dtype)

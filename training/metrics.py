@@ -1,4 +1,4 @@
-"""Numbers that say whether an adapter works.
+"""Numbers that say whether an adapter or a base works.
 
     from mahlstick.training import metrics
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -337,6 +338,12 @@ class Classifier:
     processor: Any
     names: tuple[str, ...]
 
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        """For each name its words, the longest first."""
+        words = (sorted(name.split(", "), key=len, reverse=True) for name in self.names)
+        return [re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, of))})(?!\w)", re.IGNORECASE) for of in words]
+
     @classmethod
     def load(cls, model: str, device: str = "cpu") -> Classifier:
         """From a folder or hub id."""
@@ -349,15 +356,21 @@ class Classifier:
         return _encode(images, lambda part: self.model(**_pixels(part, self.processor, self.model)).logits)
 
     def named_in(self, caption: str) -> int | None:
-        """The index of the longest name that the caption holds as whole words, if any: of "a flat cat face" the cat
-        face, not the cat. Commas in a name part words for the same thing, as ImageNet has them."""
-        found = [
-            (len(word), i)
-            for i, name in enumerate(self.names)
-            for word in name.split(", ")
-            if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)
-        ]
-        return max(found, key=lambda pair: (pair[0], -pair[1]))[1] if found else None
+        """The index of the first name that the caption holds as whole words, and of those the longest: of "a flat cat
+        face on a box" the cat face. Commas in a name part words for the same thing, as ImageNet has them."""
+        matches = ((pattern.search(caption), i) for i, pattern in enumerate(self._patterns))
+        found = [(match.start(), -len(match[0]), i) for match, i in matches if match]
+        return min(found)[2] if found else None
+
+
+def named_at(k: int, scores: ArrayLike, own: int) -> float:
+    """Whether the ``own`` of the names is among the ``k`` likeliest of scores (names,). Where names are equally likely,
+    their order is chance and this its expectation. Raises ``MahlstickError`` for scores that are not numbers."""
+    row = np.asarray(scores)
+    if not np.isfinite(row).all():
+        raise MahlstickError("a classifier's scores are NaN or infinite: its weights are broken")
+    before, tied = int((row > row[own]).sum()), int((row == row[own]).sum())
+    return min(max((k - before) / tied, 0.0), 1.0)
 
 
 # ---- many pictures against many others

@@ -120,7 +120,7 @@ class Task(nn.Module, ABC):
         return next(self.parameters()).device
 
     @property
-    def weight(self) -> int:
+    def size_of_weights(self) -> int:
         """Bytes of all weights, learned and frozen."""
         nets = [self, *self.frozen.values()]
         return sum(p.numel() * p.element_size() for p in {id(p): p for net in nets for p in net.parameters()}.values())
@@ -185,7 +185,7 @@ class DiffusionTask(Task):
         return {}
 
     def _latents(self, picture: Image.Image) -> Tensor:
-        """The posterior's mean, scaled: (4, h, w)."""
+        """The posterior's mean, scaled: (channels, h, w)."""
         vae = self.pipe.vae
         x = to_tensor(picture)[None].to(vae.device, vae.dtype) * 2 - 1
         z = vae.encode(x).latent_dist.mean[0]
@@ -427,14 +427,31 @@ class BaseTask(DiffusionTask):
             self.encoders = {name: type(part)(part.config) for name, part in self.encoders.items()}
         elif config.start is not None:
             unet = type(unet).from_pretrained(check_folder(config.start))
-            self.encoders = {name: type(part).from_pretrained(check_folder(config.start, name))
-                             for name, part in self.encoders.items()}  # fmt: skip
+            self.encoders = {name: self._started(name, part, config.start) for name, part in self.encoders.items()}
         for name, part in {"unet": unet, **self.encoders}.items():
             setattr(self.pipe, name, cast(Any, part).float().train().requires_grad_(True))
+        if len(self.encoders) == 2:  # SDXL does not use its first encoder's last layer
+            first = self.encoders["text_encoder"]
+            unused = ("final_layer_norm.", f"layers.{first.config.num_hidden_layers - 1}.")
+            for name, p in first.named_parameters():
+                p.requires_grad_(not any(part in name for part in unused))
         self.trained, self.texts = self.pipe.unet, nn.ModuleDict(self.encoders)
+        scheduler = self.pipe.scheduler
+        if self.objective.prediction != prediction_of(scheduler):
+            self.pipe.scheduler = type(scheduler).from_config(
+                scheduler.config, prediction_type=self.objective.prediction
+            )
+
+    def _started(self, name: str, encoder: Any, start: str) -> Any:
+        """The text encoder of an earlier result, or the base's where that has none."""
+        folder = Path(start).expanduser() / name
+        return type(encoder).from_pretrained(folder) if folder.is_dir() else encoder
 
     def check_prediction(self) -> None:
         """It may be taught to predict something else."""
+        start, encoder = self.config.start, "text_encoder"
+        if start not in (None, "scratch") and not self.config.train_text and (Path(start) / encoder).is_dir():
+            raise MahlstickError(f"start: {start} learned with its text encoder; add --train-text")
 
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
         return cast(Tensor, self.trained(noised, t, **arguments).sample)
@@ -443,10 +460,7 @@ class BaseTask(DiffusionTask):
         self.trained.save_pretrained(folder)
         for name, encoder in self.encoders.items():
             encoder.save_pretrained(folder / name)
-        scheduler = self.pipe.scheduler
-        if self.objective.prediction != prediction_of(scheduler):
-            scheduler = type(scheduler).from_config(scheduler.config, prediction_type=self.objective.prediction)
-        scheduler.save_pretrained(folder / "scheduler")
+        self.pipe.scheduler.save_pretrained(folder / "scheduler")
 
 
 class LoraTask(DiffusionTask):
@@ -564,14 +578,14 @@ class VAETask(Task):
         return (2 * (read - wanted).abs() + (decoded - wanted).abs()).mean((1, 2, 3))
 
     def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
-        """Rows of true picture and what became of it; how near it is in decibels."""
+        """Rows of result and true picture; how near they are in decibels."""
         rows = []
         for example in examples:
             true = data.fit(example.load(), (self.resolution, self.resolution))
             x = to_tensor(true)[None].to(self.device) * 2 - 1
             y = self.vae.decode(self.vae.encode(x).latent_dist.mean).sample[0].float().cpu()
-            rows.append([true, to_picture(y)])
-        psnr = sum(metrics.psnr(np.asarray(true), np.asarray(found)) for true, found in rows) / len(rows)
+            rows.append([to_picture(y), true])
+        psnr = sum(metrics.psnr(np.asarray(true), np.asarray(found)) for found, true in rows) / len(rows)
         return {"psnr": psnr, SCORE: psnr}, rows
 
     def save(self, folder: Path) -> None:

@@ -360,7 +360,7 @@ def line_art(rgba: Tensor, rng: random.Random | None = None) -> Tensor:
     x = lines.astype(np.float32) / 255
     if rng.random() < 0.15:  # broken lines
         hole = cv2.resize(
-            np.random.RandomState(rng.randrange(2**31)).rand(8, 8), lines.shape, interpolation=cv2.INTER_LINEAR
+            np.random.RandomState(rng.randrange(2**31)).rand(8, 8), lines.shape[::-1], interpolation=cv2.INTER_LINEAR
         )
         x = x * (hole > 0.3)
     if rng.random() < 0.4:

@@ -1,1 +1,1 @@
-"""How the embedded model is made: folders of pictures from packages, and a file of settings for each training."""
+"""How the embedded model of 128 px is made: pictures from packages, and a file of settings for each training."""

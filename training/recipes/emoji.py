@@ -184,7 +184,11 @@ def copies_of(concept: Concept, style: str) -> int:
 
 def words(concept: Concept, style: str, variant: Variant, rng: random.Random) -> str:
     """A caption: the thing, its style, and the colours where they are not the thing's own."""
-    said = in_style(data.caption(concept, rng, variant.tint), style, rng)
+    return on_ground(in_style(data.caption(concept, rng, variant.tint), style, rng), variant)
+
+
+def on_ground(said: str, variant: Variant) -> str:
+    """The words with those for the ground."""
     return said if variant.ground is None else f"{said} on a {variant.ground} background"
 
 
@@ -204,6 +208,7 @@ def line_art(atlas: Atlas, concept: int, style: str, variant: Variant, rng: rand
     black-and-white glyph where the style shows the same drawing. Without ``rng`` the plain lines of the drawing."""
     same = style in (SHADED, "gradient", "flat")
     glyph = rng is not None and same and rng.random() < 0.33
+    glyph = glyph and not atlas.held_out(concept, LINES)
     lines = data.line_art(variant.place(atlas.drawing(concept, LINES if glyph else style)), rng)
     return np.asarray((lines.permute(1, 2, 0).numpy() * 255).round(), np.uint8)
 
@@ -218,33 +223,36 @@ def mask(rgba: Tensor, variant: Variant) -> np.ndarray:
 
 
 class _Folder:
-    """A folder of pictures with their captions, and beside it one for each kind of partner."""
+    """A folder of pictures with their captions, and beside it one for each kind of partner; seen when it is whole."""
 
     def __init__(self, below: Path, name: str, partners: tuple[str, ...]) -> None:
-        self.path, self.rows = below / name, list[str]()
-        self.partners = {partner: below / f"{name}-{partner}" for partner in partners}
-        for path in (self.path, *self.partners.values()):
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
+        self.below, self.rows = below, list[str]()
+        self.names = {"": name, **{partner: f"{name}-{partner}" for partner in partners}}
+        for folder in self.names.values():
+            shutil.rmtree(below / f".{folder}", ignore_errors=True)
+            (below / f".{folder}").mkdir(parents=True)
 
     def add(
         self, name: str, picture: np.ndarray, captions: list[str], partners: Mapping[str, np.ndarray], **facts: str
     ) -> None:
         """Write a picture and its partners, all under one name; ``facts`` stand beside the captions, for the judges."""
-        for path, image in ((self.path, picture), *((self.partners[k], image) for k, image in partners.items())):
-            Image.fromarray(image).save(path / f"{name}.png", compress_level=1)
+        for partner, image in {"": picture, **partners}.items():
+            Image.fromarray(image).save(self.below / f".{self.names[partner]}" / f"{name}.png", compress_level=1)
         self.rows.append(json.dumps({"file_name": f"{name}.png", "text": captions, **facts}))
 
     def close(self) -> None:
-        """Write the captions."""
-        (self.path / "metadata.jsonl").write_text("".join(f"{row}\n" for row in self.rows))
+        """Write the captions, and put everything in the place of what was there."""
+        (self.below / f".{self.names['']}" / "metadata.jsonl").write_text("".join(f"{row}\n" for row in self.rows))
+        for folder in self.names.values():
+            shutil.rmtree(self.below / folder, ignore_errors=True)
+            (self.below / f".{folder}").rename(self.below / folder)
 
 
 def write(atlas: Atlas, folder: Path, seed: int = 20) -> None:
     """Folders of pictures with captions, and beside each what a control or a reference needs.
 
     ``learn`` all pairs to train on, with ``learn-lineart``, ``learn-mask`` and ``learn-reference`` (the same concept,
-    perhaps by another hand, moved and in the same colour); ``unseen`` the shaded pictures of concepts that no training
+    perhaps by another hand, moved, and tinted alike); ``unseen`` the shaded pictures of concepts that no training
     sees, with ``unseen-lineart``, ``unseen-glyph`` (outlines of the black-and-white glyphs) and ``unseen-mask``;
     ``pairs`` known concepts in a style that they were never shown in; ``seen`` each known concept in one of its styles,
     and ``colours`` fifty of them in a colour that they do not have.
@@ -263,7 +271,8 @@ def _write_learn(atlas: Atlas, below: Path, rng: random.Random) -> None:
         for number, variant in enumerate(variants(style, rng, copies_of(entry, style))):
             captions = [words(entry, style, variant, rng) for _ in range(4)]
             if number:  # a moved one is also drawn for a word that nothing is called
-                captions[-1] = in_style(strange.draw(rng, variant.tint or entry.colour), style, rng)
+                unknown = in_style(strange.draw(rng, variant.tint or entry.colour), style, rng)
+                captions[-1] = on_ground(unknown, variant)
             moved = Variant(rng.randrange(2**31), variant.tint)
             partners = {
                 "lineart": line_art(atlas, concept, style, variant, rng),

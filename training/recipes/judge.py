@@ -76,34 +76,36 @@ def features_of(network: MobileNetV2ForImageClassification, files: Sequence[Path
     return torch.cat(found)
 
 
-def head(x: Tensor, labels: Sequence[str], seed: int = 0) -> tuple[nn.Linear, list[str], float]:
-    """A linear layer that names the rows of ``x``, its labels, and how often it is right on every tenth, left out."""
+def head(x: Tensor, labels: Sequence[str], other: Tensor, seed: int = 0) -> tuple[nn.Linear, list[str], float]:
+    """A linear layer that names the rows of ``x``, its labels, and how often it is right on the rows ``other`` (N,),
+    from which it does not learn."""
     names = sorted(set(labels))
     y = torch.tensor([names.index(label) for label in labels])
-    kept = torch.arange(len(x)) % 10 != 0
+    learn = (~other).nonzero()[:, 0]
     torch.manual_seed(seed)
     layer = nn.Linear(x.shape[1], len(names))
     optimiser = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=1e-2)
     for _ in range(STEPS):
-        rows = torch.randint(int(kept.sum()), (1024,))
-        loss = F.cross_entropy(layer(F.dropout(x[kept][rows], 0.2)), y[kept][rows])
+        rows = learn[torch.randint(len(learn), (1024,))]
+        loss = F.cross_entropy(layer(F.dropout(x[rows], 0.2)), y[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    right = (layer(x[~kept]).argmax(1) == y[~kept]).float().mean()
+    right = (layer(x[other]).argmax(1) == y[other]).float().mean()
     return layer, names, float(right)
 
 
-def train(files: Sequence[Path], labels: Mapping[str, Sequence[str]], packages: Path, out: Path) -> dict[str, float]:
-    """Write a judge ``out/NAME`` for each name in ``labels``, which has a label for each file, or "" for none.
+def train(
+    files: Sequence[Path], labels: Mapping[str, Sequence[str]], others: Sequence[bool], packages: Path, out: Path
+) -> dict[str, float]:
+    """Write a judge ``out/NAME`` for each name in ``labels``, which has a label for each file.
 
-    Returns how often each is right on real pictures that it did not learn from.
+    Returns how often each is right on ``others``, the files that it does not learn from.
     """
     network = backbone(packages)
     x, accuracy = features_of(network, files), {}
     for name, given in labels.items():
-        rows = [i for i, label in enumerate(given) if label]
-        layer, names, accuracy[name] = head(x[rows], [given[i] for i in rows])
+        layer, names, accuracy[name] = head(x, given, torch.tensor(others))
         network.classifier = layer
         network.config.id2label, network.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
         network.config.num_labels = len(names)

@@ -25,6 +25,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from mahlstick.training.embedded.models import standardise
 from mahlstick.training.recipes.emoji import SIZE
 
 log = logging.getLogger(__name__)
@@ -89,23 +90,6 @@ def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     weights = {k: v for k, v in unet.state_dict().items() if not k.startswith(("conv_in.", "conv_out."))}
     wide.load_state_dict(weights, strict=False)
     return wide
-
-
-def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Fold the mean and deviation of ``latents`` (N, C, h, w) into the VAE's quant convolutions, in place.
-
-    StableDiffusionPipeline knows one scaling factor and no shift, so the latents themselves have to have mean 0 and
-    deviation 1 per channel: z′ = (z − μ)/σ going in (and log σ² less by 2 log σ), z = σ z′ + μ coming out.
-    """
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    channels = len(mean)
-    with torch.no_grad():
-        quant, post = vae.quant_conv, vae.post_quant_conv
-        quant.weight[:channels] /= std.view(-1, 1, 1, 1)
-        quant.bias[:channels] = (quant.bias[:channels] - mean) / std
-        quant.bias[channels:] -= 2 * std.log()
-        post.bias += (post.weight[:, :, 0, 0] * mean).sum(1)
-        post.weight *= std.view(1, -1, 1, 1)
 
 
 @torch.no_grad()
