@@ -176,6 +176,17 @@ def test_a_base_and_its_text_encoder_stay_together(pictures: Path, tmp_path: Pat
         TASKS_BY_NAME["base"](config("base", pictures, tmp_path, start=str(tmp_path / "earlier")), pipe())
 
 
+@pytest.mark.parametrize("task", ["controlnet", "ip-adapter", "lora"])
+def test_a_run_goes_on_with_its_own_unet_alone(task: str, pictures: Path, tmp_path: Path) -> None:
+    train(config(task, pictures, tmp_path / "out", steps=2), pipe())
+    other = pipe()
+    with torch.no_grad():
+        other.unet.conv_out.bias += 0.1
+    with pytest.raises(ms.MahlstickError, match="holds a run on another UNet than"):
+        train(config(task, pictures, tmp_path / "out"), other)
+    assert json.loads((train(config(task, pictures, tmp_path / "out"), pipe()) / "training.json").read_text())["unet"]
+
+
 def test_a_base_that_predicts_something_else_draws_so(pictures: Path, tmp_path: Path) -> None:
     task = TASKS_BY_NAME["base"](config("base", pictures, tmp_path, prediction="v_prediction"), pipe())
     assert task.pipe.scheduler.config.prediction_type == "v_prediction"

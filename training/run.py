@@ -50,6 +50,8 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     check_folder(config, learned)
     torch.manual_seed(config.seed)  # fresh layers start from random weights
     task = TASKS[config.task](config, pipe)
+    unet = task.frozen_unet()
+    check_unet(config, unet)
     accelerator = new_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = FeatureCache(config.cache_folder, task.settings())
@@ -59,7 +61,7 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     cache.refresh()
     loop = Loop(accelerator, task, cache, cache.select(learned), cache.select(held_out))
     if loop.accelerator.is_main_process:
-        write_config(config, learned)
+        write_config(config, learned, unet)
     loop.resume()
     if loop.progress.step < config.steps:
         log.info("%s", estimate(loop))
@@ -114,12 +116,21 @@ def check_folder(config: TrainConfig, examples: Sequence[Example]) -> None:
         )
 
 
-def write_config(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """The resolved config, the data's fingerprint and the versions, beside the result."""
+def check_unet(config: TrainConfig, unet: str | None) -> None:
+    """Raise ``MahlstickError`` where ``out`` holds a run on another UNet: a base's folder may have got another one."""
+    path = Path(config.out) / CONFIG
+    if path.exists() and unet != (was := json.loads(path.read_text(encoding="utf-8")).get("unet")) and was is not None:
+        raise MahlstickError(
+            f"out: {config.out} holds a run on another UNet than {config.base} now has; give another --out"
+        )
+
+
+def write_config(config: TrainConfig, examples: Sequence[Example], unet: str | None) -> None:
+    """The resolved config, the data's and the frozen UNet's fingerprints and the versions, beside the result."""
     known = {package: version(package) for package in PACKAGES}
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / CONFIG, json.dumps(facts(config, examples) | {"versions": known}, indent=1))
+    write_whole(out / CONFIG, json.dumps(facts(config, examples) | {"unet": unet, "versions": known}, indent=1))
 
 
 def estimate(loop: Loop) -> str:

@@ -106,6 +106,11 @@ class Task(nn.Module, ABC):
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(dtype)
 
+    def frozen_unet(self) -> str | None:
+        """A fingerprint of the UNet's weights that stay as they are: what is learned belongs to them."""
+        unet = self.frozen.get("unet")
+        return None if unet is None else fingerprint(unet)
+
     def checkpoint_blocks(self) -> None:
         """Recompute the activations of all nets' blocks in the backward pass instead of keeping them."""
         module: Any
@@ -713,9 +718,12 @@ def rest(module: nn.Module) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A module's weights as a short text: what is encoded by other weights must not be mistaken for its own."""
+    """A module's weights as a short text: what is encoded by other weights must not be mistaken for its own. Those of a
+    LoRA in it do not count."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if "lora_" in name:
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -82,15 +82,20 @@ def head(x: Tensor, labels: Sequence[str], other: Tensor, seed: int = 0) -> tupl
     names = sorted(set(labels))
     y = torch.tensor([names.index(label) for label in labels])
     learn = (~other).nonzero()[:, 0]
+    mean, std = x[learn].mean(0), x[learn].std(0) + 1e-6
+    z = (x - mean) / std
     torch.manual_seed(seed)
     layer = nn.Linear(x.shape[1], len(names))
     optimiser = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=1e-2)
     for _ in range(STEPS):
         rows = learn[torch.randint(len(learn), (1024,))]
-        loss = F.cross_entropy(layer(F.dropout(x[rows], 0.2)), y[rows])
+        loss = F.cross_entropy(layer(F.dropout(z[rows], 0.2)), y[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+    with torch.no_grad():  # the layer now for x: W z + b = (W / σ) x + b − (W / σ) μ
+        layer.weight /= std
+        layer.bias -= layer.weight @ mean
     right = (layer(x[other]).argmax(1) == y[other]).float().mean()
     return layer, names, float(right)
 
