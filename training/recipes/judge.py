@@ -94,8 +94,8 @@ def head(x: Tensor, labels: Sequence[str], other: Tensor, seed: int = 0) -> tupl
         loss.backward()
         optimiser.step()
     with torch.no_grad():  # the layer now for x: W z + b = (W / σ) x + b − (W / σ) μ
-        layer.weight /= std
-        layer.bias -= layer.weight @ mean
+        layer.weight.div_(std)
+        layer.bias.sub_(layer.weight @ mean)
     right = (layer(x[other]).argmax(1) == y[other]).float().mean()
     return layer, names, float(right)
 
