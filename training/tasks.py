@@ -454,8 +454,10 @@ class BaseTask(DiffusionTask):
 
     def check_prediction(self) -> None:
         """It may be taught to predict something else."""
-        start, encoder = self.config.start, "text_encoder"
-        if start not in (None, "scratch") and not self.config.train_text and (Path(start) / encoder).is_dir():
+        start = self.config.start
+        if self.config.train_text or start in (None, "scratch"):
+            return
+        if (Path(start).expanduser() / "text_encoder").is_dir():
             raise MahlstickError(f"start: {start} learned with its text encoder; add --train-text")
 
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
