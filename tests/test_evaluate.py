@@ -82,7 +82,7 @@ def run(models: Path, out: Path, **fields: Any) -> Evaluation:
 @pytest.fixture(scope="module")
 def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Everything at once."""
-    more = {"image_prompt": models / "ip", "judge": models / "clip", "fid": models / "clip"}
+    more = {"image_prompt": models / "ip", "judge": models / "clip", "features": models / "clip"}
     out = tmp_path_factory.mktemp("report")
     return run(models, out, batch=3, annotator_options={"low": 50}, **{name: str(path) for name, path in more.items()})
 
@@ -159,9 +159,13 @@ def test_figures_are_those_of_the_pictures(found: Evaluation, models: Path) -> N
         assert figures["clip_t"][way].value == pytest.approx(metrics.clip_t(vectors, judge.texts(captions)))
         recall = metrics.recall_at(1, vectors, judge.texts(texts), own)
         assert figures["recall_at_1"][way].value == pytest.approx(recall)
+        back = metrics.image_recall_at(1, judge.texts(texts), vectors, own)
+        assert figures["image_recall_at_1"][way].value == pytest.approx(back)
         if way != "true":
             assert figures["clip_i"][way].value == pytest.approx(metrics.clip_i(seen[way], seen["true"]))
-            distance = metrics.frechet_distance(network(files(found, way)), network(files(found, "true")))
+            pair = network(files(found, way)), network(files(found, "true"))
+            assert figures["likeness"][way].value == pytest.approx(metrics.likeness(*pair))
+            distance = metrics.frechet_distance(*pair)
             assert figures["frechet_distance"][way].value == pytest.approx(distance)
     assert figures["edge_f1"]["true"].value == 1
     assert "recall_at_5" not in figures, "five of three captions is no test"
@@ -169,7 +173,12 @@ def test_figures_are_those_of_the_pictures(found: Evaluation, models: Path) -> N
 
 
 def test_a_base_alone_is_judged_by_a_classifier(models: Path, tmp_path: Path) -> None:
-    fields = {"control": None, "annotator": None, "classifier": str(models / "classifier"), "fid": str(models / "clip")}
+    fields = {
+        "control": None,
+        "annotator": None,
+        "classifier": str(models / "classifier"),
+        "features": str(models / "clip"),
+    }
     found = run(models, tmp_path, **fields)
     classifier = metrics.Classifier.load(fields["classifier"])
     named = {"a red fox": 0, "an owl": 1, "a green tree": 2}
@@ -181,6 +190,13 @@ def test_a_base_alone_is_judged_by_a_classifier(models: Path, tmp_path: Path) ->
     features = metrics.feature_network(str(models / "clip"))(files(found, "true"))
     halves = metrics.frechet_distance(features[::2], features[1::2])
     assert found.figures["frechet_distance"]["true"].value == pytest.approx(halves)
+    pipe, errors = sd(), []
+    for file in files(found, "true"):
+        true = torch.from_numpy(np.asarray(Image.open(file), np.float32)).permute(2, 0, 1) / 127.5 - 1
+        with torch.no_grad():
+            y = pipe.vae.decode(pipe.vae.encode(true[None]).latent_dist.mean).sample[0].clamp(-1, 1)
+        errors.append(-10 * torch.log10(((y - true) / 2).square().mean()).item())
+    assert found.figures["psnr"]["without"].value == pytest.approx(np.mean(errors), abs=0.02), "rounded to bytes"
     assert not (tmp_path / "with").exists() and found.table()[0] == ["", "the base", "true pictures"]
     report = found.report.read_text()
     assert "each made from its words" in report and "with " not in report.splitlines()[0]
@@ -245,8 +261,16 @@ def test_references_and_control_pictures_of_the_dataset(models: Path, tmp_path: 
         for i in range(5):
             tiny.picture(seed + i, 80).resize((80, 64)).save(tmp_path / part / f"{i}.png")
     more = {"image_prompt": str(models / "ip"), "references": str(tmp_path / "reference"), "count": 2}
+    more["classifier"] = str(models / "classifier")
     found = run(models, tmp_path / "out", annotator=None, control_pictures=str(tmp_path / "control"), **more)
-    assert set(found.figures) == {"clip_i"} and "true" in found.figures["clip_i"]
+    classifier = metrics.Classifier.load(str(models / "classifier"))
+    own = [classifier.named_in(row["caption"]) for row in found.rows]
+    shown = classifier.scores(files(found, "reference")).argmax(1)
+    for way in ("without", "with"):
+        scores = zip(classifier.scores(files(found, way)), own, shown, strict=True)
+        wins = [metrics.text_wins(row, a, b) for row, a, b in scores if a is not None and a != b]
+        assert wins and found.figures["text_wins"][way].value == pytest.approx(np.mean(wins))
+    assert set(found.figures) == {"clip_i", "named_at_1", "text_wins"} and "true" in found.figures["clip_i"]
     assert "How well the control is kept is not measured" in found.notes[2]
     judge, _ = choose_judge(found.config, sd())
     assert judge is not None
@@ -349,8 +373,8 @@ def test_a_larger_count_goes_on_with_the_same_pictures(models: Path, tmp_path: P
         ({"data": "nowhere"}, "dataset 'nowhere' does not exist"),
         ({"base": "nowhere"}, "nowhere: no such file or folder"),
         ({"judge": "{models}/data"}, "data' .*give model= a folder"),
-        ({"fid": "{models}/data"}, "data' .*give model= a folder"),
-        ({"fid": "{models}/clip", "count": 1}, "fid: one picture has no distribution"),
+        ({"features": "{models}/data"}, "data' .*give model= a folder"),
+        ({"features": "{models}/clip", "count": 1}, "features: one picture has no distribution"),
         ({"steps": 0}, "steps: should be greater than or equal to 1, not 0"),
         ({"resolution": 65}, "resolution: should be a multiple of 8, not 65"),
     ],

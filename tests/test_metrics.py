@@ -455,6 +455,21 @@ def test_a_batch_is_no_limit(clip: Path) -> None:
         judge.images([])
 
 
+def test_towers_as_training_writes_them(tmp_path: Path) -> None:
+    parts = {"text_encoder": tiny.text_encoder(), "image_encoder": tiny.image_encoder()}
+    for name, part in (parts | {"tokenizer": tiny.tokenizer(), "feature_extractor": tiny.feature_extractor()}).items():
+        part.save_pretrained(tmp_path / name)
+    judge = metrics.ClipJudge.load(str(tmp_path))
+    given = metrics.ClipJudge.of_towers(
+        *(parts["text_encoder"], tiny.tokenizer(), parts["image_encoder"]), tiny.feature_extractor()
+    )
+    assert judge.texts(WORDS) == pytest.approx(given.texts(WORDS), abs=1e-6)
+    assert judge.images([tiny.picture()]) == pytest.approx(given.images([tiny.picture()]), abs=1e-6)
+    (tmp_path / "image_encoder" / "model.safetensors").unlink()
+    with pytest.raises(MahlstickError, match="the two towers of a CLIP"):
+        metrics.ClipJudge.load(str(tmp_path))
+
+
 def test_half_precision(clip: Path) -> None:
     exact, judge = metrics.ClipJudge.load(str(clip)), metrics.ClipJudge.load(str(clip))
     judge.model.to(torch.bfloat16)
@@ -512,6 +527,33 @@ def test_recall_grows_with_k_and_does_not_depend_on_the_order_of_the_texts(rows:
     places = np.argsort(order)
     shuffled = [metrics.recall_at(k, images, texts[order], correct=places) for k in range(1, 7)]
     assert shuffled == pytest.approx(recalls)
+
+
+def test_recall_of_pictures() -> None:
+    """Two texts with two pictures and one; a picture of nothing is a rival of both."""
+    texts = np.eye(3)
+    images = np.array([[0.9, 0.1, 0], [0, 1.0, 0.2], [0, 1.0, 0.5], [0.5, 0.6, 0.1]])
+    assert metrics.image_recall_at(1, texts, images, [0, 0, 1, -1]) == 0.5, "the second text's is second"
+    assert metrics.image_recall_at(2, texts, images, [0, 0, 1, -1]) == 1
+    square = np.random.default_rng(0).normal(size=(2, 6, 4))
+    assert metrics.image_recall_at(1, *square, range(6)) == metrics.recall_at(1, square[0], square[1])
+    assert metrics.image_recall_at(1, texts, np.ones((4, 3)), [0, 1, 2, -1]) == 0.25, "chance"
+    with pytest.raises(MahlstickError, match="no text has a picture"):
+        metrics.image_recall_at(1, texts, images, [-1] * 4)
+    with pytest.raises(MahlstickError, match="k is 0"):
+        metrics.image_recall_at(0, texts, images, [0, 0, 1, -1])
+
+
+def test_text_wins() -> None:
+    assert [metrics.text_wins(np.array([1.0, 2, 2]), own, other) for own, other in ((1, 0), (0, 1), (1, 2))] == [
+        1,
+        0,
+        0.5,
+    ]
+
+
+def test_likeness_is_a_cosine() -> None:
+    assert metrics.likeness([[1.0, 0], [0, 2.0]], [[3.0, 0], [1.0, 0]]) == 0.5
 
 
 def test_recall_says_what_is_missing() -> None:

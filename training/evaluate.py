@@ -63,6 +63,8 @@ _TITLES = {
     "clip_t": "CLIP-T",
     "clip_i": "CLIP-I",
     "frechet_distance": "FID",
+    "psnr": "PSNR of the VAE (dB)",
+    "text_wins": "text wins",
 }
 
 
@@ -87,7 +89,7 @@ class EvaluateConfig(Spec):
 
     judge: str | None = Field(None, description="a CLIP's folder or hub id; left out, the base's own image encoder")
     classifier: str | None = Field(None, description="an image classifier's folder or hub id, to name the pictures")
-    fid: str | None = Field(None, description="a vision model's folder or hub id, over which FID is taken")
+    features: str | None = Field(None, description="a vision model's folder or hub id, for likeness and FID")
 
     count: int | None = Field(None, ge=1, description="how many of the pictures, drawn by the seed; left out, all")
     resolution: Side | None = Field(None, description="of a side; left out, the base's own")
@@ -175,7 +177,7 @@ def verdict(measure: str, of: Mapping[str, Mean]) -> str:
 
 def title(measure: str) -> str:
     """A measure's name as people write it."""
-    return _TITLES.get(measure) or measure.replace("_at_", "@")
+    return _TITLES.get(measure) or measure.replace("_at_", "@").replace("_", " ")
 
 
 # ---- pictures
@@ -389,6 +391,7 @@ def _measure_words(seen: Values, captions: Sequence[str], judge: metrics.ClipJud
     for k in RECALLS:
         if k < len(distinct):
             scores[f"recall_at_{k}"] = of_each(partial(_recall, k, texts))
+            scores[f"image_recall_at_{k}"] = _image_recall(k, texts, seen, worded)
     return scores
 
 
@@ -396,8 +399,22 @@ def _recall(k: int, texts: Array, picture: Array, own: int) -> float:
     return metrics.recall_at(k, picture, texts, [own])
 
 
+def _image_recall(k: int, texts: Array, seen: Values, worded: Mapping[int, int]) -> Values:
+    """One value for each text: it stands with the text's first picture, and the others have NaN."""
+    rows, own = list(worded), np.array(list(worded.values()))
+    first = {text: rows[own.tolist().index(text)] for text in set(own.tolist())}
+    found = {column: np.full(len(vectors), np.nan) for column, vectors in seen.items()}
+    for column, vectors in seen.items():
+        for text, row in first.items():
+            found[column][row] = metrics.image_recall_at(
+                k, texts[text : text + 1], vectors[rows], np.where(own == text, 0, -1)
+            )
+    return found
+
+
 def measure_names(cases: Sequence[Case], classifier: metrics.Classifier) -> dict[str, Values]:
-    """`metrics.named_at` of the name that a picture's caption holds; NaN where it holds none."""
+    """`metrics.named_at` of the name that a picture's caption holds, and with references `metrics.text_wins` against
+    what the classifier takes the reference for; NaN where the caption holds none, or the same."""
     wanted = [classifier.named_in(case.caption) for case in cases]
     scores = {column: classifier.scores([case.files[column] for case in cases]) for column in judged(cases)}
 
@@ -405,17 +422,48 @@ def measure_names(cases: Sequence[Case], classifier: metrics.Classifier) -> dict
         pairs = zip(of, wanted, strict=True)
         return np.array([np.nan if own is None else metrics.named_at(k, row, own) for row, own in pairs])
 
-    return {
+    found = {
         f"named_at_{k}": {column: right(k, of) for column, of in scores.items()}
         for k in NAMED
         if k < len(classifier.names)
     }
+    if "reference" in cases[0].files:
+        shown = classifier.scores([case.files["reference"] for case in cases]).argmax(1).tolist()
+        rivals = list(zip(wanted, shown, strict=True))
+        if any(own not in (None, other) for own, other in rivals):
+            found["text_wins"] = {column: _text_wins(scores[column], rivals) for column in (WITHOUT, WITH)}
+    return found
 
 
-def measure_distance(cases: Sequence[Case], network: Callable[[Sequence[Path]], Array]) -> dict[str, Mean]:
-    """`metrics.frechet_distance` to the true pictures, over the features of a `metrics.feature_network`; and of one
-    half of the true pictures to the other, which says what is near."""
-    features = {column: network([case.files[column] for case in cases]) for column in judged(cases)}
+def _text_wins(scores: Array, rivals: Sequence[tuple[int | None, int]]) -> Array:
+    pairs = zip(scores, rivals, strict=True)
+    return np.array(
+        [np.nan if own in (None, other) else metrics.text_wins(row, own, other) for row, (own, other) in pairs]
+    )
+
+
+def measure_likeness(cases: Sequence[Case], features: Values) -> Values:
+    """`metrics.likeness` of each picture to its reference or true picture, over the features (N, d) by column."""
+    wanted = features["reference" if "reference" in features else TRUE]
+    return {column: metrics.cosines(features[column], wanted) for column in judged(cases) if column != TRUE}
+
+
+def measure_vae(cases: Sequence[Case], pipe: Any) -> Values:
+    """`metrics.psnr` of what the base's VAE makes of the true pictures: no picture of it is nearer."""
+    found = []
+    for case in cases:
+        true = np.asarray(load_picture(case.files[TRUE]))
+        x = pipe.image_processor.preprocess(Image.fromarray(true)).to(pipe.device, pipe.vae.dtype)
+        with torch.no_grad():
+            y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
+        found.append(metrics.psnr(true, np.asarray(pipe.image_processor.postprocess(y)[0])))
+    return {WITHOUT: np.array(found)}
+
+
+def measure_distance(cases: Sequence[Case], features: Values) -> dict[str, Mean]:
+    """`metrics.frechet_distance` to the true pictures, over the features (N, d) by column; and of one half of the true
+    pictures to the other, which says what is near."""
+    features = {column: features[column] for column in judged(cases)}
     true = features.pop(TRUE)
     found = {column: Mean(metrics.frechet_distance(made, true)) for column, made in features.items()}
     if WITH in found:
@@ -487,7 +535,7 @@ def evaluate(
     _check(config, examples)
     painter = Painter.load(config, loader or Loader(), device, dtype)
     judge, notes = choose_judge(config, painter.pipe)
-    network = metrics.feature_network(config.fid, str(painter.pipe.device)) if config.fid else None
+    network = metrics.feature_network(config.features, str(painter.pipe.device)) if config.features else None
     classifier = choose_classifier(config, examples, str(painter.pipe.device))
     cases = painter.cases(examples, progress)
     todo = [case for case in cases if not case.is_made]
@@ -503,9 +551,16 @@ def evaluate(
         found |= measure_pictures(cases, judge)
     if classifier is not None:
         found |= measure_names(cases, classifier)
-    figures = {name: summarise(values) for name, values in found.items()}
+    if not config.adapters:
+        found["psnr"] = measure_vae(cases, painter.pipe)
+    features = {}
     if network is not None:
-        figures["frechet_distance"] = measure_distance(cases, network)
+        columns = [column for column in (*judged(cases), "reference") if column in cases[0].files]
+        features = {column: network([case.files[column] for case in cases]) for column in columns}
+        found["likeness"] = measure_likeness(cases, features)
+    figures = {name: summarise(values) for name, values in found.items()}
+    if features:
+        figures["frechet_distance"] = measure_distance(cases, features)
     evaluation = Evaluation(config, figures, _rows(cases, found), notes + _notes(config, cases, found))
     _write(evaluation, cases)
     return evaluation
@@ -525,8 +580,8 @@ def _check(config: EvaluateConfig, examples: Sequence[Example]) -> None:
         metrics.measure_of(config.annotator)
     elif config.control is not None and examples[0].control is None:
         raise MahlstickError(f"{config.data}: has no control pictures; add them, or name an annotator")
-    if config.fid is not None and len(examples) < 2:
-        raise MahlstickError("fid: one picture has no distribution; evaluate at least two")
+    if config.features is not None and len(examples) < 2:
+        raise MahlstickError("features: one picture has no distribution; evaluate at least two")
     unet = unet_config(config.base)
     for field, kind in (("control", "controlnet"), ("image_prompt", "ip_adapter")):
         if (source := getattr(config, field)) is not None:
@@ -555,10 +610,10 @@ def _notes(config: EvaluateConfig, cases: Sequence[Case], found: Mapping[str, Va
         notes.append("How well the control is kept is not measured: no annotator is named.")
     if not any(case.caption.strip() for case in cases):
         notes.append("No picture has a caption, so all were made without words.")
-    if config.fid is not None:
+    if config.features is not None:
         notes.append(
-            f"FID is taken over {config.fid}; few pictures raise it, so compare equal numbers of them. That of the true"
-            " pictures is of one half to the other, which is raised more and no ceiling."
+            f"Likeness and FID are taken over {config.features}; few pictures raise FID, so compare equal numbers of"
+            " them. That of the true pictures is of one half to the other, which is raised more and no ceiling."
         )
     if len(cases) < FEW:
         notes.append(f"Of only {len(cases)} pictures the intervals are too narrow.")

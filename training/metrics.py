@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,10 @@ _HIGHER_IS_BETTER = {
     "clip_t": True,
     "clip_i": True,
     "recall_at": True,
+    "image_recall_at": True,
     "named_at": True,
+    "text_wins": True,
+    "likeness": True,
     "rmse": False,
     "psnr": True,
     "depth_rmse": False,
@@ -57,7 +61,7 @@ _BATCH = 32
 
 def higher_is_better(name: str) -> bool:
     """Whether more of the measure is better: by its function's name, or ``recall_at_1`` and so on."""
-    known = _HIGHER_IS_BETTER.get(re.sub(r"^(recall_at|named_at)_\d+$", r"\1", name))
+    known = _HIGHER_IS_BETTER.get(re.sub(r"^((?:image_)?recall_at|named_at)_\d+$", r"\1", name))
     if known is None:
         raise MahlstickError(f"measure {name!r} is unknown; use one of {', '.join(_HIGHER_IS_BETTER)}")
     return known
@@ -251,19 +255,30 @@ class ClipJudge:
 
     @classmethod
     def load(cls, model: str, device: str = "cpu") -> ClipJudge:
-        """From a folder or hub id with the model, its image processor and its tokenizer."""
+        """From a folder or hub id with the model, its image processor and its tokenizer; or from a folder with the two
+        towers as ``mahlstick train clip`` writes them."""
+        if all(Path(model, part).is_dir() for part in ("text_encoder", "image_encoder")):
+            return cls._load_towers(Path(model), device)
         network, processor, missing = _load(model, device)
         if not hasattr(network, "get_text_features") or not hasattr(network, "get_image_features"):
             kind = type(network).__name__
             raise MahlstickError(f"{model!r} is a {kind}, which does not read both words and pictures; give a CLIP")
         _refuse_untrained(model, missing)
 
-        def load_tokenizer(local: bool) -> Any:
-            from transformers import AutoTokenizer
+        return cls(network, processor, _load_tokenizer(model))
 
-            return AutoTokenizer.from_pretrained(model, local_files_only=local)
+    @classmethod
+    def _load_towers(cls, folder: Path, device: str) -> ClipJudge:
+        import transformers
 
-        return cls(network, processor, weights.load(model, "a tokenizer of transformers", load_tokenizer))
+        def load_all(local: bool) -> tuple[Any, Any, Any]:
+            text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+            image = transformers.CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+            processor = transformers.AutoImageProcessor.from_pretrained(folder / "feature_extractor")
+            return text.eval().to(device), image.eval().to(device), processor
+
+        text, image, processor = weights.load(str(folder), "the two towers of a CLIP", load_all)
+        return cls.of_towers(text, _load_tokenizer(str(folder / "tokenizer")), image, processor)
 
     @classmethod
     def of_towers(cls, text_model: Any, tokenizer: Any, image_model: Any, image_processor: Any) -> ClipJudge:
@@ -317,14 +332,43 @@ def recall_at(k: int, images: ArrayLike, texts: ArrayLike, correct: Sequence[int
     """
     near = _unit_rows(images) @ _unit_rows(texts).T
     own = np.arange(len(near)) if correct is None else np.asarray(correct)
-    if k < 1:
-        raise MahlstickError(f"k is {k}; give a whole number of at least 1")
     if own.shape != (len(near),) or (correct is None and near.shape[0] != near.shape[1]):
         raise MahlstickError(f"{near.shape[0]} pictures have {near.shape[1]} texts; say with correct= which is whose")
+    return _recall(k, near, own)
+
+
+def _recall(k: int, near: Array, own: Array) -> float:
+    """`recall_at` of cosines (N, M)."""
+    if k < 1:
+        raise MahlstickError(f"k is {k}; give a whole number of at least 1")
     nearer = near - near[np.arange(len(near)), own][:, None]
     rounding = 1e-9
     before, tied = (nearer > rounding).sum(axis=1), (abs(nearer) <= rounding).sum(axis=1)
     return float(((k - before) / tied).clip(0, 1).mean())
+
+
+def image_recall_at(k: int, texts: ArrayLike, images: ArrayLike, own: Sequence[int]) -> float:
+    """The other way round: how often a picture that belongs to a text is among the ``k`` nearest of all pictures, by
+    cosine; (N, d) and (M, d) → [0, 1].
+
+    ``own`` (M,) is the place of each picture's text, −1 where it has none. Of several pictures of one text the nearest
+    counts, and the others are no rivals of it. A text without a picture is left out. Pictures equally near are as in
+    `recall_at`.
+    """
+    of, near = np.asarray(own), _unit_rows(images) @ _unit_rows(texts).T
+    found = []
+    for text in sorted({*of.tolist()} - {-1}):
+        mine, rivals = near[of == text, text].max(), near[of != text, text]
+        found.append(_recall(k, np.concatenate([[mine], rivals])[None], np.zeros(1, int)))
+    if not found:
+        raise MahlstickError("no text has a picture; say with own= which picture belongs to which text")
+    return float(np.mean(found))
+
+
+def likeness(images: ArrayLike, references: ArrayLike) -> float:
+    """The mean cosine of the features of pictures (N, d) and their references (N, d) by a network that had no part in
+    making them, in [−1, 1]; see `feature_network`."""
+    return float(cosines(images, references).mean())
 
 
 # ---- names
@@ -371,6 +415,13 @@ def named_at(k: int, scores: ArrayLike, own: int) -> float:
         raise MahlstickError("a classifier's scores are NaN or infinite: its weights are broken")
     before, tied = int((row > row[own]).sum()), int((row == row[own]).sum())
     return min(max((k - before) / tied, 0.0), 1.0)
+
+
+def text_wins(scores: ArrayLike, own: int, other: int) -> float:
+    """Whether of scores (names,) the ``own`` name's, which the text gave, is above that of the ``other``, which the
+    reference shows; a tie is half."""
+    row = np.asarray(scores)
+    return float((np.sign(row[own] - row[other]) + 1) / 2)
 
 
 # ---- many pictures against many others
@@ -449,6 +500,15 @@ def _load(model: str, device: str, family: str = "AutoModel") -> tuple[Any, Any,
     kind = "a vision model" if family == "AutoModel" else "an image classifier"
     loaded: tuple[Any, Any, set[str]] = weights.load(model, f"{kind} of transformers", load_both)
     return loaded
+
+
+def _load_tokenizer(model: str) -> Any:
+    def load(local: bool) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model, local_files_only=local)
+
+    return weights.load(model, "a tokenizer of transformers", load)
 
 
 def _refuse_untrained(model: str, missing: Sequence[str] | set[str]) -> None:

@@ -647,8 +647,12 @@ class CLIPTask(Task):
         return (both + F.cross_entropy(scale * text @ images.T, own, reduction="none")) / 2
 
     def save(self, folder: Path) -> None:
-        self.text.save_pretrained(folder / "text_encoder")
-        self.image.save_pretrained(folder / "image_encoder")
+        """A folder that `metrics.ClipJudge` reads."""
+        parts = {"text_encoder": self.text, "image_encoder": self.image}
+        for name, part in (
+            parts | {name: getattr(self.pipe, name) for name in ("tokenizer", "feature_extractor")}
+        ).items():
+            part.save_pretrained(folder / name)
 
 
 TASKS: dict[str, type[Task]] = {

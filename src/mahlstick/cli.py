@@ -486,8 +486,8 @@ def evaluate(
             metavar="NETWORK", help="Folder or hub id of an image classifier: is what the caption names seen?"
         ),
     ] = None,
-    fid: Annotated[
-        str | None, typer.Option(metavar="NETWORK", help="Folder or hub id of a vision model to take FID over.")
+    features: Annotated[
+        str | None, typer.Option(metavar="NETWORK", help="Folder or hub id of a vision model, for likeness and FID.")
     ] = None,
     count: Annotated[int | None, typer.Option(help="How many of the pictures; left out, all.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels of a side; left out, the base's own.")] = None,
@@ -531,7 +531,7 @@ def evaluate(
         "image_encoder": image_encoder,
         "judge": judge,
         "classifier": classifier,
-        "fid": fid,
+        "features": features,
         "count": count,
         "resolution": resolution,
         "batch": batch,

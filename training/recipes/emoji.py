@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mahlstick.annotators import annotate
 from mahlstick.training.embedded import data
 from mahlstick.training.embedded.data import Concept
 
@@ -46,6 +47,8 @@ STYLES = (SHADED, *PACKAGES)
 
 # The word for a style, where it is not its name.
 CALLED = {LINES: "black and white"}
+# How often a control picture to learn from is of a kind: a drawing as people bring it, or what the annotator makes.
+CONTROLS = {"drawing": 0.3, "canny": 0.25, "lineart": 0.1, "scribble": 0.1, "color": 0.15, "mask": 0.1}
 HELD_OUT_PAIRS = 8  # of a known concept in another style than the shaded one: one in so many
 SYLLABLES = tuple(f"{consonant}{vowel}" for consonant in "bdfgklmnprstvz" for vowel in "aeiou")
 
@@ -213,6 +216,20 @@ def line_art(atlas: Atlas, concept: int, style: str, variant: Variant, rng: rand
     return np.asarray((lines.permute(1, 2, 0).numpy() * 255).round(), np.uint8)
 
 
+def control(
+    atlas: Atlas, concept: int, style: str, variant: Variant, picture: np.ndarray, rng: random.Random
+) -> np.ndarray:
+    """What one net for all controls learns to follow, (H, W, 3) uint8: one of CONTROLS, by lot."""
+    (kind,) = rng.choices(list(CONTROLS), list(CONTROLS.values()))
+    if kind == "drawing":
+        return line_art(atlas, concept, style, variant, rng)
+    if kind == "mask":
+        return mask(atlas.drawing(concept, style), variant)
+    low = rng.randint(40, 120)
+    options = {"canny": {"low": low, "high": 2 * low}, "color": {"cells": rng.choice((8, 8, 16))}}
+    return np.asarray(annotate(kind, Image.fromarray(picture), **options.get(kind, {})))
+
+
 def mask(rgba: Tensor, variant: Variant) -> np.ndarray:
     """White where the drawing is, small gaps closed: (4, H, W) → (H, W, 3) uint8."""
     alpha = (variant.place(rgba)[3].numpy() > 127).astype(np.uint8) * 255
@@ -251,7 +268,7 @@ class _Folder:
 def write(atlas: Atlas, folder: Path, seed: int = 20) -> None:
     """Folders of pictures with captions, and beside each what a control or a reference needs.
 
-    ``learn`` all pairs to train on, with ``learn-lineart``, ``learn-mask`` and ``learn-reference`` (the same concept,
+    ``learn`` all pairs to train on, with ``learn-control`` (see `control`) and ``learn-reference`` (the same concept,
     perhaps by another hand, moved, and tinted alike); ``unseen`` the shaded pictures of concepts that no training
     sees, with ``unseen-lineart``, ``unseen-glyph`` (outlines of the black-and-white glyphs) and ``unseen-mask``;
     ``pairs`` known concepts in a style that they were never shown in; ``seen`` each known concept in one of its styles,
@@ -264,7 +281,7 @@ def write(atlas: Atlas, folder: Path, seed: int = 20) -> None:
 
 def _write_learn(atlas: Atlas, below: Path, rng: random.Random) -> None:
     strange = data.UnknownWords(SYLLABLES, atlas.concepts)
-    folder, known = _Folder(below, "learn", ("lineart", "mask", "reference")), atlas.pairs(held_out=False)
+    folder, known = _Folder(below, "learn", ("control", "reference")), atlas.pairs(held_out=False)
     styles = atlas.styles()
     for concept, style in tqdm(known, "learn"):
         entry, drawing = atlas.entry(concept, style), atlas.drawing(concept, style)
@@ -273,15 +290,14 @@ def _write_learn(atlas: Atlas, below: Path, rng: random.Random) -> None:
             if number:  # a moved one is also drawn for a word that nothing is called
                 unknown = in_style(strange.draw(rng, variant.tint or entry.colour), style, rng)
                 captions[-1] = on_ground(unknown, variant)
+            name, picture = f"{entry.code}-{style}-{number:02}", variant.paint(drawing)
             moved = Variant(rng.randrange(2**31), variant.tint)
             partners = {
-                "lineart": line_art(atlas, concept, style, variant, rng),
-                "mask": mask(drawing, variant),
+                "control": control(atlas, concept, style, variant, picture, random.Random(name)),
                 "reference": moved.paint(atlas.drawing(concept, rng.choice(styles[concept]))),
             }
             facts = {"concept": entry.label, "style": CALLED.get(style, style), "colour": variant.tint or entry.colour}
-            name = f"{entry.code}-{style}-{number:02}"
-            folder.add(name, variant.paint(drawing), captions, partners, **facts)
+            folder.add(name, picture, captions, partners, **facts)
     folder.close()
 
 
