@@ -48,10 +48,12 @@ def embedded_folder() -> Path:
 
 
 def embedded_adapters() -> dict[str, Path]:
-    """The adapters that come with the embedded model, by name: the folders ``controlnet-NAME`` and ``ip-adapter``."""
+    """The adapters that come with the embedded model, by name: the folders ``controlnet-NAME``, or
+    ``controlnet-NAME+NAME`` for one net that knows several controls, and ``ip-adapter`` or what begins with it."""
     folder = Path(str(files("mahlstick.assets"))) / "embedded"
-    found = [*sorted(folder.glob("controlnet-*")), *folder.glob("ip-adapter")]
-    return {path.name.removeprefix("controlnet-"): path for path in found}
+    nets = sorted(folder.glob("controlnet-*"))
+    found = {name: path for path in nets for name in path.name.removeprefix("controlnet-").split("+")}
+    return found | {path.name: path for path in sorted(folder.glob("ip-adapter*"))}
 
 
 def choose_device(device: str | None = None) -> str:

@@ -658,17 +658,20 @@ def test_a_difference_file_is_added_to_the_base_given(models: Path, tmp_path: Pa
 
 def test_names_of_embedded_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mahlstick.pipelines.load.files", lambda _: tmp_path)
-    for folder in ("controlnet-lineart", "ip-adapter", "unet"):
+    for folder in ("controlnet-lineart", "controlnet-mask+pose", "ip-adapter", "ip-adapter-plus", "unet"):
         (tmp_path / "embedded" / folder).mkdir(parents=True)
     (tmp_path / "lineart").mkdir()
     monkeypatch.chdir(tmp_path)
     net = str(tmp_path / "embedded" / "controlnet-lineart")
     assert adapter_path("lineart") == adapter_path("embedded:lineart") == net
-    assert adapter_path("ip-adapter") == str(tmp_path / "embedded" / "ip-adapter")
+    for name in ("ip-adapter", "ip-adapter-plus"):
+        assert adapter_path(name) == str(tmp_path / "embedded" / name)
+    both = str(tmp_path / "embedded" / "controlnet-mask+pose")
+    assert adapter_path("mask") == adapter_path("pose") == both, "one net for several controls"
     for path in ("./lineart", "owner/name", "net.safetensors"):
         assert adapter_path(path) == path
     with pytest.raises(
-        MahlstickError, match=r"canny: neither .* nor an embedded adapter \(those are lineart, ip-adapter"
+        MahlstickError, match=r"canny: neither .* nor an embedded adapter \(those are lineart, mask, pose, ip-adapter"
     ):
         adapter_path("canny")
 

@@ -13,42 +13,56 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
+from mahlstick.errors import MahlstickError
 from mahlstick.training.config import TrainConfig, read_config
 from mahlstick.training.data import read_dataset
-from mahlstick.training.embedded.data import COLOURS, Concept
 from mahlstick.training.metrics import Classifier
 from mahlstick.training.recipes import __main__ as command
-from mahlstick.training.recipes import emoji, judge, models
+from mahlstick.training.recipes import (
+    assemble,
+    captions,
+    card,
+    drawings,
+    emoji,
+    figures,
+    gallery,
+    judge,
+    models,
+    packages,
+)
+from mahlstick.training.recipes.packages import LINES, SHADED, STYLES, Concept
+from mahlstick.training.run import train
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "embedded"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+EMBEDDED = ASSETS / "embedded"
 RECIPES = Path(emoji.__file__).parent
-SIDE, COUNT = 32, 20
+SIDE, COUNT = 32, 14
 
 
 @pytest.fixture(scope="module")
 def atlas() -> emoji.Atlas:
     """Discs that all styles paint in their own grey; no training may see two of the things."""
-    rgba = torch.zeros(COUNT, len(emoji.STYLES), 4, SIDE, SIDE, dtype=torch.uint8)
+    rgba = torch.zeros(COUNT, len(STYLES), 4, SIDE, SIDE, dtype=torch.uint8)
     for concept in range(COUNT):
         rgba[concept, :, 3, 4 + concept % 7 : 24, 6 : 26 - concept % 5] = 255
-        rgba[concept, :, :3] = torch.arange(len(emoji.STYLES)).view(-1, 1, 1, 1) * 40
-    concepts = [Concept(f"{i:x}", f"thing {i}", ("round",), "", i % 12 == 0, "drink") for i in range(COUNT)]
+        rgba[concept, :, :3] = torch.arange(len(STYLES)).view(-1, 1, 1, 1) * 40
+    groups = ["drink" if i < 5 else "tool" for i in range(COUNT)]
+    concepts = [Concept(f"{i:x}", f"thing {i}", ("round",), "", i % 12 == 0, group) for i, group in enumerate(groups)]
     return emoji.Atlas(rgba, concepts)
 
 
 def test_what_is_held_out(atlas: emoji.Atlas) -> None:
     kept, learned = atlas.pairs(held_out=True), atlas.pairs(held_out=False)
-    assert len(kept) + len(learned) == COUNT * len(emoji.STYLES) and not {*kept} & {*learned}
+    assert len(kept) + len(learned) == COUNT * len(STYLES) and not {*kept} & {*learned}
     whole = {concept for concept, _ in kept} - {concept for concept, _ in learned}
     assert whole == {0, 12}
     parts = [(concept, style) for concept, style in kept if concept not in whole]
-    assert 0 < len(parts) < COUNT and all(style != emoji.SHADED for _, style in parts), (
-        "each is known in the shaded style"
-    )
+    assert 0 < len(parts) < COUNT and all(style != SHADED for _, style in parts), "each is known in the shaded style"
     assert atlas.styles().keys() == {concept for concept, _ in learned}
 
 
-def test_folders_of_pictures(atlas: emoji.Atlas, tmp_path: Path) -> None:
+def test_folders_of_pictures(atlas: emoji.Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emoji, "MANY", 20)
     emoji.write(atlas, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "learn" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == sum(1 + emoji.copies_of(atlas.concepts[c], style) for c, style in atlas.pairs(held_out=False))
@@ -57,13 +71,15 @@ def test_folders_of_pictures(atlas: emoji.Atlas, tmp_path: Path) -> None:
     assert all(e.reference for e in read_dataset(tmp_path / "learn", reference=tmp_path / "learn-reference"))
     said = {caption for row in rows for caption in row["text"]}
     assert not any(f"thing {i}" in caption.split(",")[0] for caption in said for i in (12,))
-    assert {row["style"] for row in rows} == {*emoji.STYLES} - {emoji.LINES} | {"black and white"}
+    assert {row["style"] for row in rows} == {*STYLES} - {LINES} | {"black and white"}
     unseen = read_dataset(tmp_path / "unseen", control=tmp_path / "unseen-glyph")
     assert {example.captions for example in unseen} == {(f"thing {i}",) for i in (0, 12)}
-    assert len(read_dataset(tmp_path / "seen")) == len(read_dataset(tmp_path / "colours")) == COUNT - 2
+    assert len(read_dataset(tmp_path / "seen")) == COUNT - 2 and len(read_dataset(tmp_path / "colours")) == 4
+    assert all(e.reference for e in read_dataset(tmp_path / "seen", reference=tmp_path / "seen-other"))
+    assert {e.captions[0] for e in read_dataset(tmp_path / "many")} & said == set(), "in styles of their own"
     pairs = read_dataset(tmp_path / "pairs")
-    assert len(pairs) == len(atlas.pairs(held_out=True)) - 2 * len(emoji.STYLES)
-    assert not any(emoji.SHADED in example.captions[0] for example in pairs)
+    assert len(pairs) == len(atlas.pairs(held_out=True)) - 2 * len(STYLES)
+    assert not any(SHADED in example.captions[0] for example in pairs)
 
     before = {path.name: path.read_bytes() for path in (tmp_path / "learn").iterdir()}
     emoji.write(atlas, tmp_path)
@@ -72,28 +88,37 @@ def test_folders_of_pictures(atlas: emoji.Atlas, tmp_path: Path) -> None:
 
 def test_a_control_picture_lies_on_its_picture(atlas: emoji.Atlas) -> None:
     drawing, rng = atlas.drawing(1, "flat"), random.Random(0)
-    for variant in (emoji.Variant(), *emoji.variants("flat", rng, 8)):
+    for variant in (emoji.Variant(), *emoji.variants(atlas.concepts[1], "flat", rng, 8)):
         picture, mask = variant.paint(drawing).astype(int), emoji.mask(drawing, variant)[..., 0] > 127
         ground = np.array(emoji.pale(variant.ground) if variant.ground else (255, 255, 255))
         painted = (abs(picture - ground) > 40).any(-1)
         assert (painted & mask).sum() / (painted | mask).sum() > 0.8
 
 
+def test_what_has_letters_is_not_mirrored() -> None:
+    half = torch.zeros(4, SIDE, SIDE, dtype=torch.uint8)
+    half[3, 8:24, 4:12] = 255
+    for label, sides in (("bus", {True}), ("owl", {True, False})):
+        concept, rng = Concept("1", label, (), "", False), random.Random(0)
+        moved = [variant.place(half)[3].float() for variant in emoji.variants(concept, "flat", rng, 20)]
+        assert {bool(x[:, : SIDE // 2].sum() > x[:, SIDE // 2 :].sum()) for x in moved} == sides
+
+
 def test_words_say_style_and_colours() -> None:
     concept, rng = Concept("1", "owl", (), "brown", False), random.Random(0)
-    for style in emoji.STYLES:
-        called = emoji.CALLED.get(style, style)
-        said = [emoji.words(concept, style, emoji.Variant(1, "blue", "red"), rng) for _ in range(60)]
+    for style in STYLES:
+        called = captions.CALLED.get(style, style)
+        said = [captions.words(concept, style, rng, "blue", "red") for _ in range(60)]
         assert all("blue owl" in text and text.endswith("on a red background") for text in said)
         share = sum(called in text for text in said) / len(said)
-        assert 0.3 < share < 0.7 if style == emoji.SHADED else share == 1
+        assert 0.3 < share < 0.7 if style == SHADED else share == 1
         assert not any(f"{called} a" in text for text in said)
 
 
 @pytest.mark.skipif(not (EMBEDDED / "unet").is_dir(), reason="assets/embedded is missing")
 def test_the_nets_to_begin_with_are_translated(tmp_path: Path) -> None:
     """Through a VAE that only turns the old latents, the UNet gives what it gave before, turned."""
-    models.start(EMBEDDED, tmp_path / "model")
+    models.start(tmp_path / "model", [], EMBEDDED)
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     x = torch.rand(24, 3, emoji.SIZE, emoji.SIZE) * 2 - 1
     assert models.latents_of(pipe.vae, x).shape == (24, models.LATENTS, 16, 16)
@@ -106,9 +131,10 @@ def test_the_nets_to_begin_with_are_translated(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     old = UNet2DConditionModel.from_pretrained(EMBEDDED / "unet")
-    turn = torch.linalg.qr(torch.randn(models.LATENTS, 4)).Q  # z′ = B z, and z = Bᵀ z′
+    channels = old.config.in_channels
+    turn = torch.linalg.qr(torch.randn(models.LATENTS, channels)).Q  # z′ = B z, and z = Bᵀ z′
     new = models.translated(old, turn.T, turn)
-    z_old, t, text = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 32, 192)
+    z_old, t, text = torch.randn(2, channels, 16, 16), torch.tensor([10, 900]), torch.randn(2, 32, 192)
     with torch.no_grad():
         wanted = torch.einsum("ji,bihw->bjhw", turn, old(z_old, t, text).sample)
         found = new(torch.einsum("ji,bihw->bjhw", turn, z_old), t, text).sample
@@ -126,7 +152,9 @@ def test_judges_are_classifiers_that_evaluate_reads(tmp_path: Path, monkeypatch:
     files, colours = [], []
     for i in range(40):
         colour = ("red", "green", "blue")[i % 3]
-        Image.new("RGB", (SIDE, SIDE), tuple(min(255, v + i) for v in COLOURS[colour])).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (SIDE, SIDE), tuple(min(255, v + i) for v in drawings.COLOURS[colour])).save(
+            tmp_path / f"{i}.png"
+        )
         files.append(tmp_path / f"{i}.png")
         colours.append(colour)
     others = [i % 5 == 0 for i in range(40)]
@@ -157,7 +185,7 @@ def test_results_are_adopted_whole_or_not_at_all(
     wanted = {"unet": "base", "text_encoder": "text_encoder"}  # the second is there only in the best so far
     names = ("config.json", "weights.safetensors")
     assert adopted == {f"{part}/{name}": text for part, text in wanted.items() for name in names}
-    (run / "best" / "text_encoder" / "config.json").unlink()
+    (run / "best" / "text_encoder" / "weights.safetensors").unlink()
     (run / "config.json").write_text("new")
     assert command.main(["adopt-base"]) == 2 and (model / "unet" / "config.json").read_text() == "base"
     assert command.main(["judges"]) == 2 and "do the stage pictures first" in capsys.readouterr().err
@@ -167,3 +195,185 @@ def test_results_are_adopted_whole_or_not_at_all(
 def test_a_recipe_is_a_run(recipe: Path) -> None:
     config = TrainConfig(**read_config(str(recipe)))
     assert Path(config.out).name == recipe.stem and f"--config training/recipes/{recipe.name}" in recipe.read_text()
+
+
+def test_every_recipe_trains_from_nothing_to_the_assembled_model(
+    atlas: emoji.Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages in their order, the recipes cut to two steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emoji, "load", lambda cache: atlas)
+    monkeypatch.setattr(command, "drawings", lambda atlas: torch.rand(8, 3, emoji.SIZE, emoji.SIZE) * 2 - 1)
+    monkeypatch.setattr(emoji, "MANY", 2)
+    small = {"steps": 2, "batch": 2}
+
+    def learn(recipe: str) -> None:
+        train(TrainConfig(**read_config(str(RECIPES / f"{recipe}.toml")) | small))
+
+    few = list(atlas.pairs(held_out=False))[30::20]
+    monkeypatch.setattr(atlas, "pairs", lambda held_out, every=atlas.pairs: every(held_out) if held_out else few)
+    assert command.main(["pictures"]) == command.main(["start"]) == 0
+    for recipe in ("vae", "clip", "base"):
+        learn(recipe)
+        assert command.main([f"adopt-{recipe}"]) == 0
+    assert command.main(["assemble"]) == 2, "the adapters are not there yet"
+    for recipe in ("controlnet", "ip-adapter", "ip-adapter-plus"):
+        learn(recipe)
+    assert command.main(["assemble"]) == 0
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "assets" / "embedded")
+    assert pipe.unet.dtype == torch.float32 and pipe.tokenizer("thing").input_ids[0] == pipe.tokenizer.bos_token_id
+    learned = UNet2DConditionModel.from_pretrained(command.CACHE / "runs" / "base")
+    for name, weight in learned.state_dict().items():
+        torch.testing.assert_close(pipe.unet.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
+    assert {path.name for path in (tmp_path / "assets").glob("*/*adapter*")} == {"ip-adapter", "ip-adapter-plus"}
+    assert len(card.trainings(command.CACHE / "runs")) == len(list(RECIPES.glob("*.toml")))
+    monkeypatch.setattr(assemble, "LIMIT", 10**6)
+    before = (tmp_path / "assets" / "embedded" / "model_index.json").read_bytes()
+    assert command.main(["assemble"]) == 2, "too large"
+    assert (tmp_path / "assets" / "embedded" / "model_index.json").read_bytes() == before
+
+
+def test_figures_are_kept_by_name_and_told_in_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = figures.runs(Path("cache"))
+    assert {name for name, _, _ in card.TOLD} <= {*planned}
+    typed = figures.command(planned["lineart"])
+    assert typed.startswith(
+        "mahlstick evaluate --data cache/pictures/unseen --control lineart@canny -o low=60 -o high=140"
+    )
+    assert "--image-prompt ip-adapter:0.4" in figures.command(planned["other"])
+
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        Image.new("RGB", (SIDE, SIDE), (90 * i, 20, 200)).save(tmp_path / "data" / f"{i}.png")
+    config = figures.EvaluateConfig(data=str(tmp_path / "data"), out=str(tmp_path / "out"), steps=1)
+    monkeypatch.setattr(figures, "runs", lambda cache: {"a": config, "b": config})
+    first = figures.measure(tmp_path, tmp_path / "figures.json", ["b"])
+    assert {*first} == {"b"} and first["b"]["pictures"] == 2 and first["b"]["psnr"]["without"] > 0
+    both = figures.measure(tmp_path, tmp_path / "figures.json")
+    assert both["a"]["psnr"] == both["b"]["psnr"] and json.loads((tmp_path / "figures.json").read_text()) == both
+
+    made_up = {
+        name: {
+            "pictures": 7,
+            "command": f"mahlstick evaluate {name}",
+            **{m: {"without": 0.25, "with": 0.5} for _, m, _ in card.TOLD},
+        }
+        for name in planned
+    }
+    concepts = [Concept("1", "owl", (), "", False), Concept("2", "kiwi", (), "", True)]
+    text = card.card(
+        EMBEDDED, made_up, {"concepts": 0.6, "styles": 0.9, "colours": 0.8}, concepts, tmp_path, "Blurred."
+    )
+    assert "| 0.25 | 0.5 |" in text and "Kept out of every training: kiwi." in text and "Blurred." in text
+    assert all(version in text for version in packages.VERSIONS.values())
+
+
+def test_hours_are_those_of_the_logged_rates() -> None:
+    logged = [
+        {"step": 10, "pictures_per_second": 2.0},
+        {"step": 10, "psnr": 3.0},
+        {"step": 30, "pictures_per_second": 4.0},
+    ]
+    assert card.hours(logged, 18) == pytest.approx((10 * 18 / 2 + 20 * 18 / 4) / 3600)
+
+
+@pytest.mark.skipif(not (EMBEDDED / "unet").is_dir(), reason="assets/embedded is missing")
+def test_the_gallery_is_a_page_with_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sheet = gallery.words()
+    sheet.rows = [(label, given, requests[:2]) for label, given, requests in sheet.rows[:1]]
+    monkeypatch.setattr(gallery, "sheets", lambda examples, unseen: [sheet])
+    page = gallery.write(ASSETS / "examples", tmp_path, tmp_path / "docs", steps=1)
+    assert "![Words](images/gallery-words.png)" in page.read_text()
+    assert (tmp_path / "docs" / "images" / "gallery-words.png").is_file()
+
+
+def test_the_gallery_plans_every_embedded_net(tmp_path: Path) -> None:
+    for i in range(9):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{i}.png")
+    used = {
+        str(unit.adapter)
+        for sheet in (
+            gallery.controls(ASSETS / "examples"),
+            gallery.kinds(tmp_path),
+            gallery.references(ASSETS / "examples"),
+        )
+        for _, _, requests in sheet.rows
+        for request in requests
+        for unit in (*request.controls, *request.image_prompts)
+    }
+    names = {folder.removeprefix("controlnet-") for folder in assemble.ADAPTERS.values()}
+    assert used == {name for folder in names for name in folder.split("+")}
+
+
+# ---- drawings, words, packages
+
+
+def test_standardised_latents_have_mean_0_and_deviation_1() -> None:
+    torch.manual_seed(0)
+    vae = models.make_vae().eval()
+    x = torch.rand(8, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = vae.encode(x).latent_dist
+        decoded = vae.decode(before.mean).sample
+        models.standardise(vae, before.mean)
+        after = vae.encode(x).latent_dist
+        torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(models.LATENTS), atol=1e-5, rtol=0)
+        torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(models.LATENTS), atol=1e-4, rtol=0)
+        torch.testing.assert_close(vae.decode(after.mean).sample, decoded, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(after.std / before.std, (after.std / before.std)[:1, :, :1, :1].expand_as(after.std))
+
+
+def test_tokenizer_knows_every_byte(tmp_path: Path) -> None:
+    tokenizer = models.make_tokenizer(["red apple", "a penguin, bird"] * 3, tmp_path)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, padding="max_length", max_length=models.TOKENS, truncation=True).input_ids
+
+    for text in ("Red apple!", "naïve 日本 🦊 4k", "x" * 200):
+        assert len(ids(text)) == models.TOKENS and ids(text)[0] == tokenizer.bos_token_id
+        assert tokenizer.eos_token_id in ids(text)
+    assert ids("red apple").index(tokenizer.eos_token_id) == 3
+
+
+def test_captions_say_the_colour() -> None:
+    rng = random.Random(0)
+    penguin = Concept("1", "penguin", ("bird",), "black", False)
+    apple = Concept("2", "red apple", (), "red", False)
+    for _ in range(20):
+        assert "blue penguin" in captions.caption(penguin, rng, "blue")
+        assert "blue apple" in captions.caption(apple, rng, "blue")
+        assert "red apple" in captions.caption(apple, rng)
+
+
+def test_unknown_words_name_nothing_and_follow_from_the_seed() -> None:
+    concepts = [Concept("1", "sun", ("bada", "key ring"), "yellow", False)]
+    made = [captions.UnknownWords(concepts) for _ in range(2)]
+    first, second = ([words.draw(random.Random(seed), "red") for seed in range(200)] for words in made)
+    assert first == second
+    said = {word for words in first for word in words.split()}
+    assert "red" in said and not said & {"sun", "bada", "key", "ring"}
+
+
+def test_recolour_and_line_art(atlas: emoji.Atlas) -> None:
+    rgba = atlas.drawing(1, "flat")
+    for colour in drawings.COLOURS:
+        tinted = drawings.recolour(rgba[None], colour)[0]
+        assert tinted.shape == rgba.shape and (tinted[3] == rgba[3]).all()
+    lines = drawings.line_art(rgba)
+    assert lines.shape == (3, SIDE, SIDE) and set(lines.unique().tolist()) == {0.0, 1.0}
+    soft = drawings.line_art(rgba, random.Random(1))
+    assert 0 <= float(soft.min()) and float(soft.max()) <= 1
+
+
+def test_missing_npm_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(MahlstickError, match="npm is not installed"):
+        packages.fetch(packages.WORDS, tmp_path)
+
+
+def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        command.main(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert all(stage in text for stage in command.STAGES)

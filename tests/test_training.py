@@ -469,6 +469,10 @@ def test_an_unreadable_picture_is_skipped_and_counted(pictures: Path, tmp_path: 
 
 def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path) -> None:
     train(config("lora", pictures, tmp_path / "out", steps=1), pipe())
+    older = json.loads((tmp_path / "out" / "training.json").read_text())
+    del older["config"]["depth"]  # a field that the version of the run did not know
+    (tmp_path / "out" / "training.json").write_text(json.dumps(older))
+    train(config("lora", pictures, tmp_path / "out", steps=1), pipe())
     with pytest.raises(ms.MahlstickError, match=r"holds a run with rate = 0\.001, not 0\.01"):
         train(config("lora", pictures, tmp_path / "out", steps=2, rate=0.01), pipe())
     other = tmp_path / "other"

@@ -51,6 +51,8 @@ class TrainConfig(Spec):
     image_encoder: str | None = Field(None, description="vision model for image prompts; left out, the base's own")
     projector: Literal["linear", "resampler", "mlp"] = Field("linear", description="of an IP-Adapter")
     tokens: int = Field(4, ge=1, le=1024, description="image tokens of an IP-Adapter")
+    depth: int = Field(4, ge=1, le=64, description="layers of a resampler")
+    heads: int = Field(12, ge=1, le=64, description="heads of a resampler, each 64 wide")
     rank: int = Field(8, ge=1, le=1024, description="of a LoRA")
     train_text: bool = Field(False, description="a LoRA or a base learns in the text encoders too")
 

@@ -407,7 +407,7 @@ def _image_recall(k: int, texts: Array, seen: Values, worded: Mapping[int, int])
     for column, vectors in seen.items():
         for text, row in first.items():
             found[column][row] = metrics.image_recall_at(
-                k, texts[text : text + 1], vectors[rows], np.where(own == text, 0, -1)
+                k, texts[text : text + 1], vectors[rows], np.where(own == text, 0, -1).tolist()
             )
     return found
 

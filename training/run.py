@@ -101,13 +101,15 @@ def check_folder(config: TrainConfig, examples: Sequence[Example]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         was, now = before["config"], facts(config, examples)
         free = FREE if config.schedule == "constant" else FREE - {"steps"}  # on which the rates of earlier steps depend
-        changed = [name for name, value in now["config"].items() if name not in free and was.get(name) != value]
+        # A field that this version has and that one had not was as it is by default.
+        was = {name: field.get_default() for name, field in TrainConfig.model_fields.items()} | was
+        changed = [name for name, value in now["config"].items() if name not in free and was[name] != value]
     except (ValueError, KeyError, TypeError) as error:
         raise MahlstickError(f"{path}: is damaged ({error}); give another --out, or remove the folder") from error
     if changed:
         name = changed[0]
         raise MahlstickError(
-            f"out: {config.out} holds a run with {name} = {was.get(name)!r}, not {now['config'][name]!r}; "
+            f"out: {config.out} holds a run with {name} = {was[name]!r}, not {now['config'][name]!r}; "
             "give the same settings to go on with it, or another --out"
         )
     if before["data"] != now["data"]:

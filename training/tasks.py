@@ -358,7 +358,9 @@ class IPAdapterTask(DiffusionTask):
         else:
             pooled = config.projector == "linear"
             width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
-            self.adapter = IPAdapter.from_unet(self.pipe.unet, config.projector, config.tokens, width).float()
+            self.adapter = IPAdapter.from_unet(
+                self.pipe.unet, config.projector, config.tokens, width, depth=config.depth, heads=config.heads
+            ).float()
         self.adapter.use_encoder(encoder, self.processor)
         self.adapter.requires_grad_(True)
         self.frozen["image_encoder"] = encoder

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from mahlstick.errors import MahlstickError
-from mahlstick.training.embedded.data import on_white
-from mahlstick.training.recipes import emoji, judge, models
+from mahlstick.training.recipes import assemble, card, emoji, examples, gallery, judge, models
+from mahlstick.training.recipes.drawings import on_white
+from mahlstick.training.recipes.figures import measure
+from mahlstick.training.recipes.packages import SHADED
 
 CACHE = Path(".cache/recipes")  # where the files of settings look, too
 JUDGED = {"concepts": "concept", "styles": "style", "colours": "colour"}
@@ -24,10 +26,15 @@ JUDGED = {"concepts": "concept", "styles": "style", "colours": "colour"}
 STAGES = {
     "pictures": "fetch the packages with npm and write the folders of pictures",
     "judges": "teach MobileNetV2 to name concepts, styles and colours of real pictures",
-    "start": "write the model to begin with: the UNet and the text encoder of --known, everything else fresh",
+    "start": "write the model to begin with: fresh nets, or the UNet and the text encoder of --known",
     "adopt-vae": "put the trained VAE into the model, and --known's UNet, translated to its latents",
-    "adopt-base": "put the trained UNet and text encoder into the model",
     "adopt-clip": "put the trained image encoder into the model",
+    "adopt-base": "put the trained UNet and text encoder into the model",
+    "assemble": "write assets/embedded from the model and the trained adapters, in half precision",
+    "figures": "measure it all with mahlstick evaluate; --only NAME for one of the evaluations",
+    "card": "write the model card from the figures",
+    "examples": "draw the example inputs into assets/examples",
+    "gallery": "write docs/gallery.md and its pictures",
 }
 # where in a run the nets lie, and where in the model they belong
 ADOPTED = {
@@ -38,10 +45,12 @@ ORDER = """pictures, judges, start,
   mahlstick train --config training/recipes/vae.toml, adopt-vae,
   mahlstick train --config training/recipes/clip.toml, adopt-clip,
   mahlstick train --config training/recipes/base.toml, adopt-base,
-  and then those of the controlnets and the ip-adapters.
+  the same with controlnet.toml, ip-adapter.toml and ip-adapter-plus.toml,
+  assemble, figures, card, gallery.
 
 All of it lies in .cache/recipes below the folder where the commands are given. What was trained on an earlier model of
-the folder does not follow when another base is adopted: train it again."""
+the folder does not follow when another base is adopted: train it again. For a small run of any of them, ten minutes or
+so, give mahlstick train a smaller --steps as well."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("stage", choices=STAGES, help="what to do; see below")
-    p.add_argument("--known", type=Path, default=Path("assets/embedded"), help="a model of 64 px (assets/embedded)")
+    p.add_argument("--known", type=Path, help="an earlier model to go on from, such as assets/embedded")
+    p.add_argument("--only", nargs="+", help="of the evaluations, those of these names")
+    p.add_argument("--out", type=Path, default=Path("assets"), help="where the model is assembled (assets)")
     return p
 
 
@@ -63,26 +74,49 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        do(args.stage, args.known)
+        do(args)
     except MahlstickError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
 
 
-def do(stage: str, known: Path) -> None:
+def do(args: argparse.Namespace) -> None:
     """One stage. Raises ``MahlstickError`` where what it builds on is not there."""
-    model = CACHE / "model"
+    model, stage, figures = CACHE / "model", args.stage, args.out / "embedded" / "figures.json"
     if stage == "pictures":
         emoji.write(emoji.load(CACHE), CACHE / "pictures")
     elif stage == "judges":
         teach_judges()
     elif stage == "start":
-        models.start(known, model)
+        models.start(model, emoji.load(CACHE).concepts, args.known)
     elif stage == "adopt-vae":
-        models.adopt_vae(model, result("vae"), known, drawings(emoji.load(CACHE)))
+        models.adopt_vae(model, result("vae"), args.known, drawings(emoji.load(CACHE)))
+    elif stage == "assemble":
+        assemble.assemble(model, {name: result(name) for name in assemble.ADAPTERS}, args.out)
+    elif stage == "figures":
+        measure(CACHE, figures, args.only)
+    elif stage == "card":
+        write_card(figures)
+    elif stage == "examples":
+        examples.write(CACHE, args.out)
+    elif stage == "gallery":
+        gallery.write(args.out / "examples", CACHE / "pictures" / "unseen", Path("docs"))
     else:
         adopt(stage.removeprefix("adopt-"), model)
+
+
+def write_card(figures: Path) -> None:
+    """The card beside the figures; what a person saw in the pictures is in remarks.md here."""
+    judges = CACHE / "judges" / "figures.json"
+    for path, stage in ((figures, "figures"), (judges, "judges")):
+        if not path.is_file():
+            raise MahlstickError(f"{path} is missing; do the stage {stage} first")
+    text = card.card(
+        figures.parent, json.loads(figures.read_text()), json.loads(judges.read_text()), emoji.load(CACHE).concepts,
+        CACHE / "runs", (Path(__file__).parent / "remarks.md").read_text(encoding="utf-8"),
+    )  # fmt: skip
+    (figures.parent / "MODEL_CARD.md").write_text(text, encoding="utf-8")
 
 
 def teach_judges() -> None:
@@ -96,7 +130,7 @@ def teach_judges() -> None:
         raise MahlstickError(f"{folder} is missing; do the stage pictures first")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     labels = {name: [row[fact] for row in rows] for name, fact in JUDGED.items()}
-    others = [row["style"] != emoji.SHADED and zlib.crc32(f"{row['concept']} {row['style']}".encode()) % 10 == 0
+    others = [row["style"] != SHADED and zlib.crc32(f"{row['concept']} {row['style']}".encode()) % 10 == 0
               for row in rows]  # fmt: skip
     right = judge.train(
         [folder / row["file_name"] for row in rows], labels, others, CACHE / "packages", CACHE / "judges"
@@ -107,7 +141,7 @@ def teach_judges() -> None:
 def result(run: str, part: str = "") -> Path:
     """A training's result, or while it goes on its best so far. Raises ``MahlstickError`` where there is neither."""
     folders = [CACHE / "runs" / run / part, CACHE / "runs" / run / "best" / part]
-    found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    found = next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
     if found is None:
         recipe = f"training/recipes/{run}.toml"
         raise MahlstickError(f"{folders[0]} holds no result yet; mahlstick train --config {recipe} makes it")
@@ -119,7 +153,7 @@ def adopt(run: str, model: Path) -> None:
     sources = {target: result(run, part) for part, target in ADOPTED[run].items()}
     for target, source in sources.items():
         (model / target).mkdir(exist_ok=True)
-        for path in (source / "config.json", *source.glob("*.safetensors")):
+        for path in (*source.glob("config.json"), *source.glob("*.safetensors")):
             shutil.copy(path, model / target / path.name)
 
 

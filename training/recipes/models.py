@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,19 +22,22 @@ from diffusers import (
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
+    CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
-from mahlstick.training.embedded.models import standardise
+from mahlstick.training.recipes.captions import corpus
 from mahlstick.training.recipes.emoji import SIZE
+from mahlstick.training.recipes.packages import Concept
 
 log = logging.getLogger(__name__)
 
 LATENTS = 8
 WIDTH = 192  # of the text and image towers, and of the embedding space that they share
+TOKENS = 32  # longest prompt, in tokens
 
 
 def make_vae() -> AutoencoderKL:
@@ -66,22 +72,125 @@ def make_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
-def start(known: Path, out: Path) -> None:
-    """Write the pipeline folder that the trainings begin with: the UNet and the text encoder of ``known``, an earlier
-    model of 64 px with four latent channels, and fresh nets in place of the others."""
-    unet = UNet2DConditionModel.from_pretrained(known, subfolder="unet")
+def make_unet() -> UNet2DConditionModel:
+    """SD 1.x's UNet with one residual block a level: (B, 8, 16, 16), t (B,), text (B, 32, 192) → v (B, 8, 16, 16)."""
+    channels = (64, 160, 240)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=channels,
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=tuple(max(1, c // 40) for c in channels),  # diffusers' misnomer: the number of heads
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    """SD's noise schedule with v-prediction (2202.00512), v = √ᾱ ε − √(1−ᾱ) x₀, for DPM-Solver++ (2211.01095)."""
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        algorithm_type="dpmsolver++", solver_order=2, steps_offset=1,
+    )  # fmt: skip
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Prompt tokens (B, 32) → (B, 32, 192)."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3,
+            num_attention_heads=WIDTH // 32, max_position_embeddings=TOKENS, projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def make_tokenizer(captions: list[str], folder: Path, vocabulary: int = 1600) -> CLIPTokenizer:
+    """Byte-pair encoding learned from ``captions``, kept in ``folder`` in CLIP's vocab.json / merges.txt form.
+
+    Every byte is in the vocabulary, alone and as the end of a word, so that no prompt is ever unknown.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(vocab_size=vocabulary, end_of_word_suffix="</w>", show_progress=False, min_frequency=2),
+    )
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *(m.replace(" ", "") for m in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "pad_token": "<|endoftext|>"}, indent=1
+        )
+    )
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def start(out: Path, concepts: Sequence[Concept], known: Path | None) -> None:
+    """Write the pipeline folder that the trainings begin with: fresh nets, but for the UNet, the text encoder and the
+    tokenizer of ``known``, an earlier model, where one is given."""
+    unet = widened(UNet2DConditionModel.from_pretrained(known, subfolder="unet")) if known else make_unet()
+    if known:
+        tokenizer = CLIPTokenizer.from_pretrained(known, subfolder="tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(known, subfolder="text_encoder")
+    else:
+        tokenizer = make_tokenizer(corpus(concepts), out / "tokenizer")
+        text_encoder = make_text_encoder(tokenizer)
     pipe = StableDiffusionPipeline(
         vae=make_vae(),
-        text_encoder=CLIPTextModel.from_pretrained(known, subfolder="text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(known, subfolder="tokenizer"),
-        unet=widened(unet),
-        scheduler=DPMSolverMultistepScheduler.from_pretrained(known, subfolder="scheduler"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=make_processor(),
         image_encoder=make_image_encoder(),
         requires_safety_checker=False,
     )
     pipe.save_pretrained(out)
+    if known:
+        copy_vocabulary(known, out)
+
+
+def copy_vocabulary(model: Path, new: Path) -> None:
+    """The two files of the tokenizer that transformers before 5 reads; later ones write tokenizer.json alone."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(model / "tokenizer" / name, new / "tokenizer" / name)
+
+
+def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Fold the mean and deviation of ``latents`` (N, C, h, w) into the VAE's quant convolutions, in place.
+
+    StableDiffusionPipeline knows one scaling factor and no shift, so the latents themselves have to have mean 0 and
+    deviation 1 per channel: z′ = (z − μ)/σ going in (and log σ² less by 2 log σ), z = σ z′ + μ coming out.
+    """
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    with torch.no_grad():
+        quant, post = vae.quant_conv, vae.post_quant_conv
+        quant.weight[:channels] /= std.view(-1, 1, 1, 1)
+        quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+        quant.bias[channels:] -= 2 * std.log()
+        post.bias += (post.weight[:, :, 0, 0] * mean).sum(1)
+        post.weight *= std.view(1, -1, 1, 1)
 
 
 def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -93,18 +202,21 @@ def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def adopt_vae(model: Path, vae: Path, known: Path, pictures: Tensor) -> None:
+def adopt_vae(model: Path, vae: Path, known: Path | None, pictures: Tensor) -> None:
     """Put a trained VAE into the folder ``model``, its latents standardised over ``pictures`` (N, 3, 128, 128) in
-    [−1, 1], and translate the first and last convolution of its UNet from the latents of ``known``.
+    [−1, 1]; and where ``known`` is given, its UNet, the first and the last convolution translated to the new latents.
 
     With z of the old and z′ of the new VAE, least squares give z ≈ A z′ and z′ ≈ B z. The UNet that read W z now reads
     W A z′, and what it wrote it now writes through B: v is linear in z.
     """
-    old = AutoencoderKL.from_pretrained(known, subfolder="vae").eval()
     new = AutoencoderKL.from_pretrained(vae).eval()
     standardise(new, latents_of(new, pictures))
     new.save_pretrained(model / "vae")
-    z, z_new = (x.transpose(0, 1).flatten(1) for x in (latents_of(old, halved(pictures)), latents_of(new, pictures)))
+    if known is None:
+        return
+    old = AutoencoderKL.from_pretrained(known, subfolder="vae").eval()
+    seen = F.interpolate(pictures, size=old.config.sample_size, mode="area")  # as the old model saw them
+    z, z_new = (x.transpose(0, 1).flatten(1) for x in (latents_of(old, seen), latents_of(new, pictures)))
     to_old, to_new = torch.linalg.lstsq(z_new.T, z.T).solution.T, torch.linalg.lstsq(z.T, z_new.T).solution.T
     unet = UNet2DConditionModel.from_pretrained(known, subfolder="unet")
     translated(unet, to_old, to_new).save_pretrained(model / "unet")
@@ -114,18 +226,13 @@ def adopt_vae(model: Path, vae: Path, known: Path, pictures: Tensor) -> None:
 
 @torch.no_grad()
 def translated(unet: UNet2DConditionModel, to_old: Tensor, to_new: Tensor) -> UNet2DConditionModel:
-    """The UNet for latents z′, with z ≈ ``to_old`` z′ (4 × 8) and z′ ≈ ``to_new`` z (8 × 4)."""
+    """The UNet for latents z′, with z ≈ ``to_old`` z′ (old × new channels) and z′ ≈ ``to_new`` z."""
     wide = widened(unet)
     wide.conv_in.weight.copy_(torch.einsum("oikl,ij->ojkl", unet.conv_in.weight, to_old))
     wide.conv_in.bias.copy_(unet.conv_in.bias)
     wide.conv_out.weight.copy_(torch.einsum("oikl,jo->jikl", unet.conv_out.weight, to_new))
     wide.conv_out.bias.copy_(to_new @ unet.conv_out.bias)
     return wide
-
-
-def halved(pictures: Tensor) -> Tensor:
-    """At half the size, as the old model saw them."""
-    return F.avg_pool2d(pictures, 2)
 
 
 @torch.no_grad()

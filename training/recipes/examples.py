@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from mahlstick.training.embedded import data
+from mahlstick.training.recipes import packages
 
 SIZE, FINE = 256, 4  # pixels of a side, and how much finer it is drawn before it is reduced
-WIDTH = 6  # of a line: 1.5 pixels of the model's 64
+WIDTH = 4  # of a line: 2 pixels of the model's 128
 
 # prompt → the drawing and the reference that go with it; the first four make the demo's contact sheet
 ROWS = (
@@ -166,14 +165,10 @@ DRAWN = {draw.__name__: draw for draw in (apple, penguin, cactus, fish, tree)}
 
 
 def unseen(folder: Path, label: str) -> Image.Image:
-    """The 3D picture of a held-out concept at 256 px, over white."""
-    code = next(c.code for c, _ in data.choose(folder) if c.label == label and c.held_out)
-    package = "@lobehub/fluent-emoji-3d"
-    with tarfile.open(data.fetch(package, data.PACKAGES[package], folder)) as archive:
-        name = next(n for n in archive.getnames() if n.endswith(".webp") and data.bare(Path(n).stem) == code)
-        file = archive.extractfile(name)
-        assert file is not None
-        picture = Image.open(io.BytesIO(file.read())).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    """The 3D picture of a held-out concept at 256 px, over white; ``folder`` holds the packages."""
+    code = next(c.code for c, _ in packages.choose(folder) if c.label == label and c.held_out)
+    picture = Image.open(io.BytesIO(packages.shaded(folder)[code])).convert("RGBA")
+    picture = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
@@ -186,15 +181,15 @@ def outline(picture: Image.Image) -> Image.Image:
 
 def write(cache: Path, out: Path) -> None:
     """Draw the examples into ``out/examples``, with ``examples.json`` to say which belong together."""
-    folder, packages = out / "examples", cache / "packages"
+    folder, tarballs = out / "examples", cache / "packages"
     folder.mkdir(parents=True, exist_ok=True)
     for _, drawing, reference in ROWS:
         if drawing in UNSEEN:
-            sheet = outline(unseen(packages, drawing))
+            sheet = outline(unseen(tarballs, drawing))
         else:
             DRAWN[drawing](pen := Pen())
             sheet = pen.picture()
         sheet.save(folder / f"{drawing}-drawing.png", optimize=True)
-        unseen(packages, reference.replace("-", " ")).save(folder / f"{reference}-reference.png", optimize=True)
+        unseen(tarballs, reference.replace("-", " ")).save(folder / f"{reference}-reference.png", optimize=True)
     rows = [{"prompt": p, "drawing": f"{d}-drawing.png", "reference": f"{r}-reference.png"} for p, d, r in ROWS]
     (folder / "examples.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,62 @@
+"""The trained nets as the folder that ships: an ordinary pipeline, in half precision, with its adapters beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from mahlstick.adapters.controlnet import ControlNet
+from mahlstick.adapters.ip_adapter import IPAdapter
+from mahlstick.errors import MahlstickError
+from mahlstick.training.recipes.models import copy_vocabulary
+
+log = logging.getLogger(__name__)
+
+LIMIT = 80_000_000  # bytes of assets/ together
+# trained net → its folder; one net for several controls bears all their names
+ADAPTERS = {
+    "controlnet": "controlnet-canny+color+lineart+mask+scribble",
+    "ip-adapter": "ip-adapter",
+    "ip-adapter-plus": "ip-adapter-plus",
+}
+
+
+def assemble(model: Path, adapters: dict[str, Path], out: Path) -> Path:
+    """Write ``out/embedded`` from the pipeline folder ``model`` and the trained ``adapters``, by their names in
+    ADAPTERS; what is there already is replaced when the new one is whole. Raises ``MahlstickError`` beyond LIMIT.
+    """
+    new, folder = out / ".embedded", out / "embedded"
+    shutil.rmtree(new, ignore_errors=True)
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
+    pipe.to(dtype=torch.float16).save_pretrained(new)
+    copy_vocabulary(model, new)
+    for name, source in adapters.items():
+        kind = ControlNet if name == "controlnet" else IPAdapter
+        kind.from_pretrained(source).half().save_pretrained(new / ADAPTERS[name])
+    portable(new)
+    size = sum(path.stat().st_size for path in (*new.rglob("*"), *(out / "examples").rglob("*")) if path.is_file())
+    if size > LIMIT:
+        raise MahlstickError(f"{new} takes {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB; make the nets smaller")
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    log.info("%s: %.1f MB with the examples", folder, size / 1e6)
+    return folder
+
+
+def portable(folder: Path) -> None:
+    """Take paths and storage precision out of the configs, so that the nets load as float32 unless asked otherwise."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or path.name in ("vocab.json", "tokenizer.json"):
+            continue
+        for key in ("_name_or_path", "name_or_path"):
+            config.pop(key, None)
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = "float32"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
