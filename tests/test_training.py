@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -174,6 +175,20 @@ def test_a_base_and_its_text_encoder_stay_together(pictures: Path, tmp_path: Pat
     (tmp_path / "earlier" / "text_encoder").mkdir(parents=True)
     with pytest.raises(ms.MahlstickError, match="learned with its text encoder; add --train-text"):
         TASKS_BY_NAME["base"](config("base", pictures, tmp_path, start=str(tmp_path / "earlier")), pipe())
+
+
+def test_a_decoder_learns_for_latents_that_stay(pictures: Path, tmp_path: Path) -> None:
+    before = pipe().vae
+    fields = {"decoder_only": True, "ema": 0.5}
+    whole = train(config("vae", pictures, tmp_path / "whole", **fields), pipe())
+    train(config("vae", pictures, tmp_path / "parts", steps=2, **fields), pipe())
+    assert same(whole, train(config("vae", pictures, tmp_path / "parts", **fields), pipe()))
+    after = AutoencoderKL.from_pretrained(whole)
+    x = torch.rand(2, 3, tiny.SIZE, tiny.SIZE) * 2 - 1
+    with torch.no_grad():
+        old, new = (vae.encode(x).latent_dist for vae in (before, after))
+        assert torch.equal(old.mean, new.mean) and torch.equal(old.std, new.std)
+        assert (before.decode(old.mean).sample - after.decode(old.mean).sample).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("task", ["controlnet", "ip-adapter", "lora"])
@@ -495,6 +510,7 @@ def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path)
         ("lora --data d --out o --ema 1", "ema: should be less than 1"),
         ("lora --data d --out o --annotator-options low", "give NAME=VALUE"),
         ("lora --data d --out o --start scratch", "a lora starts fresh by itself"),
+        ("vae --data d --out o --start scratch --decoder-only", "decoder_only is for a vae that is not from scratch"),
         ("clip --data d --out o --train-text", "train_text is for a base or a LoRA; a clip learns without"),
         ("lora --config none.toml", "none.toml: cannot be read"),
     ],

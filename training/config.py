@@ -53,6 +53,7 @@ class TrainConfig(Spec):
     tokens: int = Field(4, ge=1, le=1024, description="image tokens of an IP-Adapter")
     depth: int = Field(4, ge=1, le=64, description="layers of a resampler")
     heads: int = Field(12, ge=1, le=64, description="heads of a resampler, each 64 wide")
+    decoder_only: bool = Field(False, description="a VAE's encoder stays, and with it the latents that a UNet knows")
     rank: int = Field(8, ge=1, le=1024, description="of a LoRA")
     train_text: bool = Field(False, description="a LoRA or a base learns in the text encoders too")
 
@@ -100,6 +101,8 @@ class TrainConfig(Spec):
             raise ValueError(f"micro_batch must divide batch; {self.micro_batch} does not divide {self.batch}")
         if self.train_text and self.task not in ("base", "lora"):
             raise ValueError(f"train_text is for a base or a LoRA; a {self.task} learns without, so leave it out")
+        if self.decoder_only and (self.task != "vae" or self.start == "scratch"):
+            raise ValueError("decoder_only is for a vae that is not from scratch; leave it out")
         if self.start == "scratch" and self.task not in ("base", "vae", "clip"):
             raise ValueError(f"start is 'scratch', but a {self.task} starts fresh by itself; leave it out")
         return self

@@ -536,7 +536,8 @@ class LoraTask(DiffusionTask):
 
 
 class VAETask(Task):
-    """The autoencoder: L1 of the picture and of its gradients, and a little KL (2112.10752, G).
+    """The autoencoder: L1 of the picture and of its gradients, and a little KL (2112.10752, G). The decoder alone may
+    learn, for a base whose UNet knows the latents.
 
     From scratch, colours are left for last, and everything is brown for long. So there a linear layer, which is not
     saved, reads each block's mean colour off its latent, and the result is compared by blocks as well.
@@ -552,6 +553,10 @@ class VAETask(Task):
         elif config.start is not None:
             vae = type(vae).from_pretrained(check_folder(config.start))
         self.vae = vae.float().train().requires_grad_(True)
+        if config.decoder_only:
+            for part in (vae.encoder, vae.quant_conv):
+                if part is not None:
+                    part.requires_grad_(False)
         self.colours = nn.Conv2d(vae.config.latent_channels, 3, 1) if config.start == "scratch" else None
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = config.resolution or int(vae.config.sample_size)
@@ -574,7 +579,8 @@ class VAETask(Task):
 
     def forward(self, batch: Features) -> Tensor:
         x = batch["pixels"].float() / 127.5 - 1
-        posterior = self.vae.encode(x).latent_dist
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.decoder_only):
+            posterior = self.vae.encode(x).latent_dist
         y = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
         across, down = y.diff(dim=-1) - x.diff(dim=-1), y.diff(dim=-2) - x.diff(dim=-2)
         detail = across.abs().mean((1, 2, 3)) + down.abs().mean((1, 2, 3))
