@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from mahlstick.adapters.base import Adapter, Attachment, Clock, Timestep, Window, number, spread, unwrap
+from mahlstick.adapters.base import (
+    Adapter,
+    Attachment,
+    Clock,
+    Timestep,
+    Window,
+    area_mask,
+    number,
+    spread,
+    unwrap,
+)
 from mahlstick.errors import MahlstickError
 
 Mode = Literal["balanced", "prompt", "control", "guess"]
@@ -347,7 +357,7 @@ class ControlAttachment(Attachment):
                 0, torch.tensor(rows, device=residual.device), residual
             )
         if self.mask is not None:
-            residual = residual * self._mask_at(size, residual, batch, parts)
+            residual = residual * area_mask(self.mask, residual.new_empty(batch, 1, *size), parts, self._masks)
         return residual
 
     def _encoded_hint(self, height: int, width: int) -> Tensor:
@@ -367,15 +377,6 @@ class ControlAttachment(Attachment):
         hint = net.encode_hint(image)
         self._hint = None if torch.is_grad_enabled() else (key, hint)
         return hint
-
-    def _mask_at(self, size: Sequence[int], like: Tensor, batch: int, parts: tuple[str, ...] | None) -> Tensor:
-        """The mask at one residual's size, by area: the share of each cell in which the unit acts."""
-        key = (*size, batch, parts)
-        if key not in self._masks:
-            assert self.mask is not None
-            small = F.interpolate(self.mask.float(), size=tuple(size), mode="area")
-            self._masks[key] = spread(small, batch, parts)
-        return self._masks[key].to(like)
 
 
 # Without timestep_cond: a UNet distilled to take its guidance as an input has it, a ControlNet never does.

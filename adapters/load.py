@@ -9,9 +9,14 @@ from mahlstick.adapters.base import Adapter
 from mahlstick.adapters.controlnet import ControlNet
 from mahlstick.adapters.formats import inspect
 from mahlstick.adapters.ip_adapter import IPAdapter
+from mahlstick.adapters.motion import MotionAdapter
 from mahlstick.errors import MahlstickError
 
-_CLASSES: dict[str, type[Adapter]] = {"controlnet": ControlNet, "ip_adapter": IPAdapter}
+_CLASSES: dict[str, type[Adapter]] = {
+    "controlnet": ControlNet,
+    "ip_adapter": IPAdapter,
+    "motion_adapter": MotionAdapter,
+}
 
 
 def load_adapter(path: str | os.PathLike[str], **config: Any) -> Adapter:

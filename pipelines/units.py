@@ -18,6 +18,8 @@ from mahlstick import pictures
 from mahlstick.adapters.base import Attachment, Clock, Window
 from mahlstick.adapters.controlnet import ControlAttachment, ControlNet, Mode
 from mahlstick.adapters.ip_adapter import Blocks, ImageAttachment, IPAdapter
+from mahlstick.adapters.motion import MotionAdapter, MotionAttachment, Norm
+from mahlstick.adapters.positions import Extension
 from mahlstick.errors import MahlstickError
 
 if TYPE_CHECKING:
@@ -137,6 +139,34 @@ class ImagePrompt(Unit):
     def _square(self, picture: Image.Image) -> Image.Image:
         side = max(picture.size)
         return picture if self.resize == "crop" else pictures.resize(picture, (side, side), self.resize)
+
+
+@dataclass(eq=False)
+class Motion(Unit):
+    """A motion module: the pictures that one prompt makes in a call are the frames of a clip.
+
+    ``frames``: of a clip, left out all of them. ``scale``: how strongly the frames mix. ``norm``: ``frame`` or
+    ``clip``, left out as the module's file implies. ``extend``: what becomes of the positions where there are more
+    frames than were trained (``interpolate``, ``ntk``, ``repeat``; ``none`` refuses). ``mask``: white where it moves.
+    """
+
+    module: MotionAdapter
+    frames: int | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    norm: Norm | None = None
+    extend: Extension = "none"
+    mask: PictureLike | None = None
+    window: Literal["steps", "noise"] = "steps"
+
+    def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> MotionAttachment:
+        if not isinstance(self.module, MotionAdapter):
+            raise MahlstickError(f"Motion takes a MotionAdapter; got {type(self.module).__name__}.")
+        window = Window(self.start, self.end, self.window)
+        return MotionAttachment(
+            self.module, unet, self.frames, self.scale, self.norm, self.extend, as_mask(self.mask), window, clock
+        )
 
 
 class _Resized:

@@ -59,9 +59,18 @@ def fresh_net(unet: Any) -> ms.ControlNet:
     return ms.ControlNet.from_unet(unet, conditioning_embedding_out_channels=HINT)
 
 
+def fresh_motion(unet: Any) -> ms.MotionAdapter:
+    return ms.MotionAdapter.from_unet(unet, max_frames=8, heads=2)
+
+
+def motion_of(module: Any, batch: int = 1, **options: Any) -> ms.Motion:
+    return ms.Motion(module, **options)
+
+
 SUBJECTS = [
     Subject("controlnet", fresh_net, control_of, {}),
     *(Subject(p, fresh_ip(p), image_prompt_of, {"scale": 0.0}) for p in ("linear", "resampler", "mlp")),
+    Subject("motion", fresh_motion, motion_of, {}),
 ]
 CASES = [(subject, family) for subject in SUBJECTS for family in tiny.FAMILIES]
 contract = pytest.mark.parametrize(("subject", "family"), CASES, ids=[f"{s.kind}-{f}" for s, f in CASES])
@@ -279,6 +288,8 @@ def test_gradients_reach_the_adapter_and_nothing_else(subject: Subject, family: 
     inputs = tiny.unet_inputs(family)
     if subject.kind == "controlnet":
         attached = adapter.attach(unet, torch.rand(1, 3, tiny.SIZE, tiny.SIZE))
+    elif subject.kind == "motion":
+        attached = adapter.attach(unet)
     else:
         shape = (2, tiny.WIDTH) if adapter.image_proj.pooled else (2, 5, tiny.WIDTH)
         attached = adapter.attach(unet, adapter.tokens(torch.randn(shape)))
@@ -286,7 +297,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(subject: Subject, family: 
         for _ in range(2):  # nothing of the first graph may be cached for the second
             adapter.zero_grad()
             loss = unet(**inputs).sample.square().mean()
-            loss.backward(retain_graph=subject.kind != "controlnet")
+            loss.backward(retain_graph=subject.kind not in ("controlnet", "motion"))
     missing = [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.abs().any()]
     # Keys' biases do not exist here, so every parameter matters; softmax over one key would hide it, and none has one.
     assert not missing
@@ -309,11 +320,15 @@ def test_a_batch_item_equals_its_solo_run(subject: Subject, family: str) -> None
     unet, inputs = tiny.unet(family), tiny.unet_inputs(family, batch=3)
     adapter = trained(subject, unet)
     unit = subject.unit(adapter, 3)
+    if subject.kind == "motion":  # of a clip of one frame
+        unit.frames = 1
     with ms.attach(unet, unit):
         together = eps(unet, inputs)
     for row in range(3):
         if subject.kind == "controlnet":
             alone = ms.Control(adapter, unit.image[row : row + 1])
+        elif subject.kind == "motion":
+            alone = unit
         else:
             alone = ms.ImagePrompt(adapter, features=unit.features[row : row + 1])
         with ms.attach(unet, alone):

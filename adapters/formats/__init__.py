@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mahlstick.adapters.formats import controlnet
-from mahlstick.adapters.formats.bases import base_of, cross_attention_widths, require_fit
+from mahlstick.adapters.formats import controlnet, motion
+from mahlstick.adapters.formats.bases import base_by_widths, base_of, cross_attention_widths, require_fit
 from mahlstick.adapters.formats.checkpoint import (
     METADATA_KEY,
     SUFFIXES,
@@ -30,7 +30,7 @@ from mahlstick.adapters.formats.checkpoint import (
 from mahlstick.adapters.formats.layouts import KINDS, Kind, Layout, recognise
 from mahlstick.errors import MahlstickError
 
-__all__ = ["Info", "cross_attention_widths", "inspect", "read", "require_fit", "write"]
+__all__ = ["Info", "check_heads", "cross_attention_widths", "inspect", "read", "require_fit", "write"]
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,11 @@ def write(
 ) -> Path:
     """Write an adapter in the layout that diffusers or the original repository reads; returns the folder or file.
 
-    ``path`` is one file if it ends in .safetensors, else a folder. In a folder, a ControlNet in layout ``diffusers``
-    lies as its ``from_pretrained`` reads it; everything else is the one file ``<kind>.safetensors``. In layout
-    ``original`` a ControlNet's keys are ``control_model.*``; an IP-Adapter's are the same either way, since diffusers'
-    ``load_ip_adapter`` reads the original layout. A file's metadata keep the config. Raises MahlstickError, before
+    ``path`` is one file if it ends in .safetensors, else a folder. In a folder, a ControlNet or a motion module in
+    layout ``diffusers`` lies as its ``from_pretrained`` reads it; everything else is the one file
+    ``<kind>.safetensors``. In layout ``original`` a ControlNet's keys are ``control_model.*`` and a motion module's
+    those of AnimateDiff; an IP-Adapter's are the same either way, since diffusers' ``load_ip_adapter`` reads the
+    original layout. A file's metadata keep the config. Raises MahlstickError, before
     anything is written, if the weights do not match the config, or the name asks for another format.
     """
     target = Path(path).expanduser()
@@ -135,13 +136,20 @@ def write(
         _require_match(state_dict, wanted.expected(whole))
     except MahlstickError as error:
         raise MahlstickError(f"{target} was not written: {error}.") from error
-    if kind == "controlnet" and layout == "diffusers" and target.suffix != ".safetensors":
+    if kind != "ip_adapter" and layout == "diffusers" and target.suffix != ".safetensors":
         return save_folder(target, state_dict, whole, wanted.class_name)
     if kind == "controlnet" and layout == "original":
         translated = controlnet.to_original(state_dict, whole)
         state_dict = {f"control_model.{name}": value for name, value in translated.items()}
+    if kind == "motion_adapter" and layout == "original":
+        state_dict = motion.to_original(state_dict)
     file = target if target.suffix == ".safetensors" else target / f"{kind}.safetensors"
     return save_tensors(file, state_dict, whole)
+
+
+def check_heads(kind: str, config: Mapping[str, Any]) -> None:
+    """Raise MahlstickError for a config whose heads do not go with its widths."""
+    _kind(kind).check_heads(config, {})
 
 
 def _kind(name: str) -> Kind:
@@ -170,7 +178,7 @@ def _config(
     if unknown:
         raise MahlstickError(f"{', '.join(unknown)} is no config field of {kind.title} ({', '.join(fields)})")
     stored = {name: value for name, value in _stored_config(kind, checkpoint).items() if name in fields}
-    return kind.config_of(tensors, {**stored, **overrides})
+    return kind.config_of(tensors, {**layout.implies, **stored, **overrides})
 
 
 def _stored_config(kind: Kind, checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -185,8 +193,10 @@ def _stored_config(kind: Kind, checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _base(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    if config:
+    if "cross_attention_dim" in config:
         return base_of(config["cross_attention_dim"], config.get("addition_embed_type") == "text_time")
+    if config:
+        return base_by_widths(config["block_out_channels"])
     widths = (value.shape[1] for name, value in tensors.items() if name.endswith("attn2.to_k.weight"))
     return base_of(next(widths, None))
 

@@ -9,12 +9,18 @@ from mahlstick.errors import MahlstickError
 
 BASE_NAMES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "unknown": "another base"}
 _BY_CROSS_ATTENTION = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_KIND_NAMES = {"controlnet": "ControlNet", "ip_adapter": "IP-Adapter"}
+_BY_WIDTHS = {(320, 640, 1280, 1280): "sd1", (320, 640, 1280): "sdxl"}
+_KIND_NAMES = {"controlnet": "ControlNet", "ip_adapter": "IP-Adapter", "motion_adapter": "motion module"}
 
 
 def base_of(cross_attention_dim: int | None, added_conditions: bool = False) -> str:
     """``sd1 | sd2 | sdxl | unknown``: by the text features' width, and by SDXL's size and crop conditions."""
     return "sdxl" if added_conditions else _BY_CROSS_ATTENTION.get(cross_attention_dim or 0, "unknown")
+
+
+def base_by_widths(channels: Sequence[int]) -> str:
+    """The same by the channels of the UNet's levels, which SD 1.x and 2.x share."""
+    return _BY_WIDTHS.get(tuple(channels), "unknown")
 
 
 def require_fit(kind: str, config: Mapping[str, Any], unet_config: Mapping[str, Any]) -> None:
@@ -32,6 +38,9 @@ def require_fit(kind: str, config: Mapping[str, Any], unet_config: Mapping[str, 
 
 
 def _describe(config: Mapping[str, Any]) -> str:
+    if "cross_attention_dim" not in config:
+        channels = config["block_out_channels"]
+        return f"{BASE_NAMES[base_by_widths(channels)]} (channels {', '.join(map(str, channels))})"
     cross = config.get("cross_attention_dim")
     cross = cross[0] if isinstance(cross, Sequence) else cross
     return f"{BASE_NAMES[base_of(cross, _is_xl(config))]} (cross-attention {cross})"
@@ -69,7 +78,21 @@ def _ip_adapter_differences(config: Mapping[str, Any], unet_config: Mapping[str,
     return []
 
 
-_DIFFERENCES = {"controlnet": _controlnet_differences, "ip_adapter": _ip_adapter_differences}
+def _motion_differences(config: Mapping[str, Any], unet_config: Mapping[str, Any]) -> list[str]:
+    levels = len(unet_config["block_out_channels"])
+    found = []
+    for ours, theirs in (("block_out_channels",) * 2, ("motion_layers_per_block", "layers_per_block")):
+        mine, its = config[ours], unet_config[theirs]
+        if _per_level(mine, levels) != _per_level(its, levels):
+            found.append(f"{theirs} ({_plain(mine)} and {_plain(its)})")
+    return found
+
+
+_DIFFERENCES = {
+    "controlnet": _controlnet_differences,
+    "ip_adapter": _ip_adapter_differences,
+    "motion_adapter": _motion_differences,
+}
 
 
 def cross_attention_widths(unet_config: Mapping[str, Any]) -> list[int]:

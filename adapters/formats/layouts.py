@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from mahlstick.adapters.formats import controlnet, ip_adapter
+from mahlstick.adapters.formats import controlnet, ip_adapter, motion
 
 Translate = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -20,7 +20,8 @@ class Layout:
 
     ``marks`` are patterns, each of which some key must match. Of the keys, those that match ``keep`` belong to the
     adapter, and lose ``prefix``; ``translate`` takes them to our key names (None: the kind is known, not loaded).
-    ``title`` and ``way_out`` make the sentence "this is {title}, not a …: {way_out}".
+    ``title`` and ``way_out`` make the sentence "this is {title}, not a …: {way_out}". ``implies`` are config fields
+    that no shape shows.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Layout:
     translate: Translate | None = None
     keep: str = ""
     prefix: str = ""
+    implies: Mapping[str, Any] = field(default_factory=dict)
 
     def recognises(self, names: Iterable[str]) -> bool:
         text = "\n".join(names)
@@ -75,11 +77,20 @@ KINDS = {
         ip_adapter.expected,
         ip_adapter.check_heads,
     ),
+    "motion_adapter": Kind(
+        "a motion module",
+        "MotionAdapter",
+        "motion_modules.* with transformer_blocks.* (diffusers) or temporal_transformer.* (original)",
+        motion.config_of,
+        motion.expected,
+        motion.check_heads,
+    ),
 }
 
 _NO_UNET = "it is not made for a UNet of Stable Diffusion, load it with diffusers"
 _NOT_YET = "this kind is not supported"
 _CONTROLNET = "load it with ControlNet.from_pretrained"
+_MOTION = "load it with MotionAdapter.from_pretrained"
 _IP_ADAPTER = "load it with IPAdapter.from_pretrained"
 
 # The first match counts, so what holds another's keys and more stands before it.
@@ -130,7 +141,25 @@ LAYOUTS = (
         _NO_UNET,
     ),
     Layout("motion_lora", "original", (r"motion_modules", r"lora"), "a motion LoRA", _NOT_YET),
-    Layout("motion_adapter", "original", (r"motion_modules",), "a motion module (AnimateDiff)", _NOT_YET),
+    Layout(
+        "motion_adapter",
+        "original",
+        (r"motion_modules\.\d+\.temporal_transformer\.",),
+        "a motion module",
+        _MOTION,
+        motion.from_original,
+        keep=r".*motion_modules\.",
+        implies={"norm": "frame"},
+    ),
+    Layout(
+        "motion_adapter",
+        "diffusers",
+        (r"^(down|up)_blocks\.\d+\.motion_modules\.",),
+        "a motion module",
+        _MOTION,
+        dict,
+        keep=r".*motion_modules\.",
+    ),
     Layout(
         "lora",
         "original",

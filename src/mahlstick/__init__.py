@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mahlstick.adapters.formats import inspect as inspect
     from mahlstick.adapters.ip_adapter import IPAdapter as IPAdapter
     from mahlstick.adapters.load import load_adapter as load_adapter
+    from mahlstick.adapters.motion import MotionAdapter as MotionAdapter
     from mahlstick.pipelines.attach import attach as attach
     from mahlstick.pipelines.generate import Result as Result
     from mahlstick.pipelines.generate import generate as generate
@@ -25,18 +26,21 @@ if TYPE_CHECKING:
     from mahlstick.pipelines.request import Request as Request
     from mahlstick.pipelines.units import Control as Control
     from mahlstick.pipelines.units import ImagePrompt as ImagePrompt
+    from mahlstick.pipelines.units import Motion as Motion
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ControlNet": "adapters.controlnet",
     "IPAdapter": "adapters.ip_adapter",
+    "MotionAdapter": "adapters.motion",
     "Adapter": "adapters.base",
     "Attachment": "adapters.base",
     "load_adapter": "adapters.load",
     "inspect": "adapters.formats",
     "Control": "pipelines.units",
     "ImagePrompt": "pipelines.units",
+    "Motion": "pipelines.units",
     "attach": "pipelines.attach",
     "load_pipeline": "pipelines.load",
     "Request": "pipelines.request",
