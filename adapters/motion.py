@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Norm = Literal["frame", "clip"]
 
 #: Places of a picture that attend at once: kernels of GPUs take at most 65,535 rows, counted with the heads.
-_ROWS = 4096
+_ROWS = 65_535
 
 
 class TemporalAttention(nn.Module):
@@ -43,7 +43,8 @@ class TemporalAttention(nn.Module):
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         if turned is not None:
             q, k = (self._turn(part, turned) for part in (q, k))
-        parts = zip(q.split(_ROWS), k.split(_ROWS), v.split(_ROWS), strict=True)
+        rows = _ROWS // self.heads
+        parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
         return cast(Tensor, self.to_out[0](torch.cat([multihead(*part, self.heads) for part in parts])))
 
     def _turn(self, x: Tensor, places: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ class MotionAdapter(Adapter):
             "motion_num_attention_heads": heads,
             "motion_norm_num_groups": unet.config.norm_num_groups,
             "motion_max_seq_length": None if positions == "rotary" else max_frames,
-            "use_motion_mid_block": mid_block,
+            "use_motion_mid_block": mid_block and unet.mid_block is not None,
             "positions": positions,
             "norm": norm,
         }
@@ -201,9 +202,10 @@ class MotionAdapter(Adapter):
 class MotionAttachment(Attachment):
     """A motion module clipped on a UNet: pictures that lie side by side in the batch are the frames of a clip.
 
-    ``frames``: of a clip; None takes each part of the batch for one clip. ``scale``: of what is added. ``norm``: each
-    ``frame`` normalised by itself, as the published modules were trained, or over the ``clip``, as diffusers computes;
-    left out, what the file's layout says. ``extend``: for more frames than were trained, see `positions.extend`.
+    ``frames``: of a clip; None takes each part of the batch for one clip, so give it with several prompts. ``scale``:
+    of what is added. ``norm``: each ``frame`` normalised by itself, as the published modules were trained, or over the
+    ``clip``, as diffusers computes; left out, what the file's layout says. ``extend``: for more frames than a table of
+    positions has places, see `positions.extend`; rotary ones have no end.
     ``mask`` ``(n, 1, H, W)``: 1 where frames mix, by area at each layer.
     """
 
@@ -225,9 +227,11 @@ class MotionAttachment(Attachment):
         self.frames, self.scale, self.extend, self.mask = frames, number(scale, "scale"), extend, mask
         self.norm: Norm = norm or adapter.config["norm"]
         if self.norm not in get_args(Norm):
-            raise MahlstickError(f"norm must be one of {', '.join(get_args(Norm))}; got {norm!r}.")
+            raise MahlstickError(f"norm must be one of {', '.join(get_args(Norm))}; got {self.norm!r}.")
         if extend not in get_args(Extension):
             raise MahlstickError(f"extend must be one of {', '.join(get_args(Extension))}; got {extend!r}.")
+        if extend == "ntk" and adapter.config["positions"] == "learned":
+            raise MahlstickError("extend='ntk' is for sinusoidal positions, and these were learned: use 'interpolate'.")
         if frames is not None and (not isinstance(frames, int) or frames < 1):
             raise MahlstickError(f"frames must be a whole number of at least 1; got {frames!r}.")
         self.active = 0  # frames of a clip in the call under way; 0: the modules rest
@@ -250,6 +254,9 @@ class MotionAttachment(Attachment):
         return self.scale != 0.0
 
     def _contribute(self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool) -> dict[str, Any]:
+        self.active, self.parts = 0, parts
+        if not acts:
+            return {}
         pictures = arguments["sample"].shape[0] // len(parts or ("cond",))
         frames = self.frames or pictures
         if pictures % frames:
@@ -257,10 +264,12 @@ class MotionAttachment(Attachment):
                 f"{pictures} pictures are no clips of {frames} frames: ask the pipeline for "
                 f"num_images_per_prompt={frames}, or give Motion(frames=…)."
             )
-        table = self.adapter.config["motion_max_seq_length"]
-        if table is not None and frames > table and self.extend == "none":
-            positions.extend(torch.empty(1, table, 2), frames)  # says so
-        self.active, self.parts = frames if acts else 0, parts
+        length = self.adapter.config["motion_max_seq_length"]
+        if length is not None and frames > length and self.extend == "none":
+            raise positions.too_many(frames, length)
+        if self.mask is not None and self.mask.shape[0] not in (1, pictures):
+            raise MahlstickError(f"{self.mask.shape[0]} masks for {pictures} pictures: give one, or one for each.")
+        self.active = frames
         return {}
 
     def _hook(self, module: TemporalTransformer) -> Any:

@@ -48,9 +48,14 @@ def extend(table: Tensor, frames: int, how: Extension = "none") -> Tensor:
         return sinusoidal(torch.arange(frames, device=table.device), dim, base)[None].to(table.dtype)
     if how == "repeat":
         return table.repeat(1, -(-frames // length), 1)[:, :frames]
-    raise MahlstickError(
-        f"{frames} frames are more than the {length} that this motion module was trained on: give a context of at most "
-        f"{length}, or extend='interpolate'."
+    raise too_many(frames, length)
+
+
+def too_many(frames: int, length: int) -> MahlstickError:
+    """What to say of more frames than a table has places."""
+    return MahlstickError(
+        f"{frames} frames are more than the {length} that this motion module was trained on: ask for at most {length}, "
+        "or give extend='interpolate'."
     )
 
 

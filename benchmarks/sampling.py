@@ -3,7 +3,7 @@
     python -m benchmarks.sampling [--steps 20] [--repeats 5]
 
 Each way is a process of its own, and they take turns. "First" holds all that a person waits for: imports, weights and
-the picture. docs/sampling.md keeps what it printed.
+the picture.
 """
 
 from __future__ import annotations

@@ -155,8 +155,7 @@ def test_clips_of_a_batch_do_not_see_each_other() -> None:
 
 @torch.no_grad()
 def test_rotary_positions_know_only_distances() -> None:
-    """The same frames in reverse give the same pictures in reverse with rotary positions alone if time had no arrow; a
-    constant clip stays constant, as it does not with a table."""
+    """A constant clip stays constant, as it does not with a table; and frames in another order give other pictures."""
     unet = tiny.unet("sd1")
     inputs = tiny.unet_inputs("sd1", batch=1)
     still = {"sample": inputs["sample"].repeat(FRAMES, 1, 1, 1), "timestep": inputs["timestep"]}
@@ -165,6 +164,12 @@ def test_rotary_positions_know_only_distances() -> None:
         with ms.attach(unet, ms.Motion(trained(unet, positions=kind))):
             found = unet(**still).sample
         assert torch.allclose(found, found[:1].expand_as(found), atol=1e-5) == constant
+    inputs, order = tiny.unet_inputs("sd1", batch=FRAMES), [2, 0, 3, 1]
+    inputs["encoder_hidden_states"][:] = inputs["encoder_hidden_states"][:1]
+    with ms.attach(unet, ms.Motion(trained(unet, positions="rotary"))):
+        straight = unet(**inputs).sample
+        mixed = unet(**inputs | {"sample": inputs["sample"][order]}).sample
+    assert (straight[order] - mixed).abs().max() > 1e-3
 
 
 def test_every_spatial_block_has_its_module() -> None:
@@ -239,6 +244,19 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             ms.attach(sd1, ms.Motion(module, **wrong))
     with pytest.raises(ms.MahlstickError, match="Motion takes a MotionAdapter; got ControlNet"):
         ms.attach(sd1, ms.Motion(ms.ControlNet.from_unet(sd1, conditioning_embedding_out_channels=(4, 6, 6, 8))))
+    three = torch.ones(3, 1, 8, 8)
+    four = tiny.unet_inputs("sd1", batch=4)
+    with (
+        ms.attach(sd1, ms.Motion(module, mask=three)),
+        pytest.raises(ms.MahlstickError, match="3 masks for 4 pictures"),
+    ):
+        sd1(**four)
+    learned = ms.MotionAdapter.from_unet(sd1, heads=2, positions="learned")
+    with pytest.raises(ms.MahlstickError, match="is for sinusoidal positions"):
+        ms.attach(sd1, ms.Motion(learned, extend="ntk"))
+    for heads in (0, (2, 3)):
+        with pytest.raises(ms.MahlstickError, match="no whole number of at least 1: give heads="):
+            ms.MotionAdapter.from_unet(sd1, heads=heads)
     with pytest.raises(ms.MahlstickError, match="5 heads do not divide"):
         ms.MotionAdapter.from_unet(sd1, heads=5)
     with pytest.raises(ms.MahlstickError, match="positions must be one of"):

@@ -182,12 +182,12 @@ def test_results_are_adopted_whole_or_not_at_all(
         (folder / "weights.safetensors").write_text(folder.name)
     assert command.main(["adopt-base"]) == 0
     adopted = {str(path.relative_to(model)): path.read_text() for path in model.rglob("*.*")}
-    wanted = {"unet": "base", "text_encoder": "text_encoder"}  # the second is there only in the best so far
+    wanted = {"unet": "best", "text_encoder": "text_encoder"}  # the run's folder has no text encoder yet
     names = ("config.json", "weights.safetensors")
     assert adopted == {f"{part}/{name}": text for part, text in wanted.items() for name in names}
     (run / "best" / "text_encoder" / "weights.safetensors").unlink()
     (run / "config.json").write_text("new")
-    assert command.main(["adopt-base"]) == 2 and (model / "unet" / "config.json").read_text() == "base"
+    assert command.main(["adopt-base"]) == 2 and (model / "unet" / "config.json").read_text() == "best"
     assert command.main(["judges"]) == 2 and "do the stage pictures first" in capsys.readouterr().err
 
 
@@ -224,13 +224,14 @@ def test_every_recipe_trains_from_nothing_to_the_assembled_model(
     assert pipe.unet.dtype == torch.float32 and pipe.tokenizer("thing").input_ids[0] == pipe.tokenizer.bos_token_id
     learned = UNet2DConditionModel.from_pretrained(command.CACHE / "runs" / "base")
     for name, weight in learned.state_dict().items():
-        torch.testing.assert_close(pipe.unet.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
+        assert torch.equal(pipe.unet.state_dict()[name], weight.half().float())
     assert {path.name for path in (tmp_path / "assets").glob("*/*adapter*")} == {"ip-adapter", "ip-adapter-plus"}
     assert len(card.trainings(command.CACHE / "runs")) == len(list(RECIPES.glob("*.toml")))
     monkeypatch.setattr(assemble, "LIMIT", 10**6)
-    before = (tmp_path / "assets" / "embedded" / "model_index.json").read_bytes()
+    (tmp_path / "assets" / "embedded" / "marker").touch()
     assert command.main(["assemble"]) == 2, "too large"
-    assert (tmp_path / "assets" / "embedded" / "model_index.json").read_bytes() == before
+    assert [path.name for path in (tmp_path / "assets").iterdir()] == ["embedded"]
+    assert (tmp_path / "assets" / "embedded" / "marker").exists()
 
 
 def test_figures_are_kept_by_name_and_told_in_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +321,8 @@ def test_standardised_latents_have_mean_0_and_deviation_1() -> None:
         torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(models.LATENTS), atol=1e-5, rtol=0)
         torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(models.LATENTS), atol=1e-4, rtol=0)
         torch.testing.assert_close(vae.decode(after.mean).sample, decoded, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(after.std / before.std, (after.std / before.std)[:1, :, :1, :1].expand_as(after.std))
+        sigma = before.mean.std((0, 2, 3)).view(1, -1, 1, 1)
+        torch.testing.assert_close(after.std * sigma, before.std, atol=1e-5, rtol=1e-3)
 
 
 def test_tokenizer_knows_every_byte(tmp_path: Path) -> None:
@@ -355,10 +357,11 @@ def test_unknown_words_name_nothing_and_follow_from_the_seed() -> None:
 
 
 def test_recolour_and_line_art(atlas: emoji.Atlas) -> None:
-    rgba = atlas.drawing(1, "flat")
+    rgba = atlas.drawing(1, "noto")  # of a grey in the middle, which every tint shows on
     for colour in drawings.COLOURS:
         tinted = drawings.recolour(rgba[None], colour)[0]
         assert tinted.shape == rgba.shape and (tinted[3] == rgba[3]).all()
+        assert drawings.colour_of(tinted.permute(1, 2, 0).numpy()) == colour
     lines = drawings.line_art(rgba)
     assert lines.shape == (3, SIDE, SIDE) and set(lines.unique().tolist()) == {0.0, 1.0}
     soft = drawings.line_art(rgba, random.Random(1))

@@ -24,6 +24,7 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import Field, model_validator
 from tqdm import tqdm
@@ -450,13 +451,15 @@ def measure_likeness(cases: Sequence[Case], features: Values) -> Values:
 
 def measure_vae(cases: Sequence[Case], pipe: Any) -> Values:
     """`metrics.psnr` of what the base's VAE makes of the true pictures: no picture of it is nearer."""
-    found = []
+    found, dtype = [], pipe.vae.dtype
+    vae = pipe.vae.to(torch.float32)  # that of SDXL overflows in half precision
     for case in cases:
         true = np.asarray(load_picture(case.files[TRUE]))
-        x = pipe.image_processor.preprocess(Image.fromarray(true)).to(pipe.device, pipe.vae.dtype)
+        x = pipe.image_processor.preprocess(Image.fromarray(true)).to(pipe.device, torch.float32)
         with torch.no_grad():
-            y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
+            y = vae.decode(vae.encode(x).latent_dist.mean).sample
         found.append(metrics.psnr(true, np.asarray(pipe.image_processor.postprocess(y)[0])))
+    vae.to(dtype)
     return {WITHOUT: np.array(found)}
 
 
@@ -551,7 +554,7 @@ def evaluate(
         found |= measure_pictures(cases, judge)
     if classifier is not None:
         found |= measure_names(cases, classifier)
-    if not config.adapters:
+    if not config.adapters and isinstance(painter.pipe.vae, AutoencoderKL):
         found["psnr"] = measure_vae(cases, painter.pipe)
     features = {}
     if network is not None:

@@ -257,7 +257,9 @@ class ClipJudge:
     def load(cls, model: str, device: str = "cpu") -> ClipJudge:
         """From a folder or hub id with the model, its image processor and its tokenizer; or from a folder with the two
         towers as ``mahlstick train clip`` writes them."""
-        if all(Path(model, part).is_dir() for part in ("text_encoder", "image_encoder")):
+        towers = all(Path(model, part).is_dir() for part in ("text_encoder", "image_encoder"))
+        # In a pipeline's folder they need not have learned together.
+        if towers and not Path(model, "model_index.json").exists():
             return cls._load_towers(Path(model), device)
         network, processor, missing = _load(model, device)
         if not hasattr(network, "get_text_features") or not hasattr(network, "get_image_features"):
@@ -278,6 +280,9 @@ class ClipJudge:
             return text.eval().to(device), image.eval().to(device), processor
 
         text, image, processor = weights.load(str(folder), "the two towers of a CLIP", load_all)
+        widths = text.config.hidden_size, image.config.projection_dim
+        if widths[0] != widths[1]:
+            raise MahlstickError(f"{str(folder)!r} holds towers of {widths[0]} and {widths[1]} numbers; give a CLIP's")
         return cls.of_towers(text, _load_tokenizer(str(folder / "tokenizer")), image, processor)
 
     @classmethod

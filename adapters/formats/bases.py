@@ -81,6 +81,8 @@ def _ip_adapter_differences(config: Mapping[str, Any], unet_config: Mapping[str,
 def _motion_differences(config: Mapping[str, Any], unet_config: Mapping[str, Any]) -> list[str]:
     levels = len(unet_config["block_out_channels"])
     found = []
+    if config["use_motion_mid_block"] and not unet_config.get("mid_block_type", True):
+        found.append("the middle block, which this UNet has not")
     for ours, theirs in (("block_out_channels",) * 2, ("motion_layers_per_block", "layers_per_block")):
         mine, its = config[ours], unet_config[theirs]
         if _per_level(mine, levels) != _per_level(its, levels):

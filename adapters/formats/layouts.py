@@ -141,6 +141,14 @@ LAYOUTS = (
         _NO_UNET,
     ),
     Layout("motion_lora", "original", (r"motion_modules", r"lora"), "a motion LoRA", _NOT_YET),
+    Layout("pia", "original", (r"motion_modules", r"^conv_in\."), "a PIA motion module", _NOT_YET),
+    Layout(
+        "unet_motion",
+        "diffusers",
+        (r"motion_modules", r"^conv_out\."),
+        "a whole UNet with motion modules",
+        "load it with diffusers' UNetMotionModel, or take its MotionAdapter",
+    ),
     Layout(
         "motion_adapter",
         "original",

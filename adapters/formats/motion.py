@@ -41,7 +41,9 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inside = name[place.start() :].replace(".temporal_transformer.", ".")
         if _SECOND_TABLE in name:
             first = tensors.get(name.replace(_SECOND_TABLE, ".attention_blocks.0.pos_encoder."))
-            if first is None or (not value.is_meta and not torch.equal(first, value)):
+            if first is None:
+                raise MahlstickError(f"{name} has no counterpart in the first attention")
+            if not value.is_meta and not torch.equal(first, value):
                 raise MahlstickError(f"{name} differs from the first attention's table, which is not supported")
             continue
         for theirs, ours in _ORIGINAL.items():
@@ -94,18 +96,28 @@ def config_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[s
     told = {"motion_num_attention_heads" if name == "heads" else name: value for name, value in given.items()}
     read_off = ("block_out_channels", "motion_layers_per_block", "motion_transformer_layers_per_block",
                 "use_motion_mid_block")  # fmt: skip
+    heads = told.get("motion_num_attention_heads")
+    if isinstance(heads, Sequence) and len(set(heads)) == 1:  # diffusers lets every level have its own
+        told["motion_num_attention_heads"] = heads[0]
     return config | {name: value for name, value in told.items() if name in config and name not in read_off}
 
 
 def check_heads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise MahlstickError unless heads and groups divide every width."""
-    for field in ("motion_num_attention_heads", "motion_norm_num_groups"):
-        bad = [width for width in config["block_out_channels"] if width % config[field]]
+    """Raise MahlstickError unless heads and groups are numbers that divide every width."""
+    for field, word, name in (
+        ("motion_num_attention_heads", "heads", "heads"),
+        ("motion_norm_num_groups", "groups", "motion_norm_num_groups"),
+    ):
+        count = config[field]
+        if not isinstance(count, int) or count < 1:
+            raise MahlstickError(f"{field} is {count!r}, which is no whole number of at least 1: give {name}=")
+        bad = [width for width in config["block_out_channels"] if width % count]
         if bad:
-            raise MahlstickError(
-                f"{config[field]} {'heads' if 'heads' in field else 'groups'} do not divide its {bad[0]} channels: "
-                f"give {'heads' if 'heads' in field else field}="
-            )
+            raise MahlstickError(f"{count} {word} do not divide its {bad[0]} channels: give {name}=")
+        if word == "heads" and config["positions"] == "rotary":
+            odd = [width // count for width in config["block_out_channels"] if width // count % 2]
+            if odd:
+                raise MahlstickError(f"rotary positions turn pairs, and {count} heads are {odd[0]} wide: give heads=")
 
 
 def expected(config: Mapping[str, Any]) -> dict[str, torch.Size]:

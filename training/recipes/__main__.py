@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from mahlstick.training.recipes.figures import measure
 from mahlstick.training.recipes.packages import SHADED
 
 CACHE = Path(".cache/recipes")  # where the files of settings look, too
+ASSETS = Path("assets")
 JUDGED = {"concepts": "concept", "styles": "style", "colours": "colour"}
 
 STAGES = {
@@ -46,7 +48,7 @@ ORDER = """pictures, judges, start,
   mahlstick train --config training/recipes/clip.toml, adopt-clip,
   mahlstick train --config training/recipes/base.toml, adopt-base,
   the same with controlnet.toml, ip-adapter.toml and ip-adapter-plus.toml,
-  assemble, figures, card, gallery.
+  examples, assemble, figures, card, gallery.
 
 All of it lies in .cache/recipes below the folder where the commands are given. What was trained on an earlier model of
 the folder does not follow when another base is adopted: train it again. For a small run of any of them, ten minutes or
@@ -65,7 +67,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("stage", choices=STAGES, help="what to do; see below")
     p.add_argument("--known", type=Path, help="an earlier model to go on from, such as assets/embedded")
     p.add_argument("--only", nargs="+", help="of the evaluations, those of these names")
-    p.add_argument("--out", type=Path, default=Path("assets"), help="where the model is assembled (assets)")
     return p
 
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def do(args: argparse.Namespace) -> None:
     """One stage. Raises ``MahlstickError`` where what it builds on is not there."""
-    model, stage, figures = CACHE / "model", args.stage, args.out / "embedded" / "figures.json"
+    model, stage, figures = CACHE / "model", args.stage, ASSETS / "embedded" / "figures.json"
     if stage == "pictures":
         emoji.write(emoji.load(CACHE), CACHE / "pictures")
     elif stage == "judges":
@@ -93,15 +94,15 @@ def do(args: argparse.Namespace) -> None:
     elif stage == "adopt-vae":
         models.adopt_vae(model, result("vae"), args.known, drawings(emoji.load(CACHE)))
     elif stage == "assemble":
-        assemble.assemble(model, {name: result(name) for name in assemble.ADAPTERS}, args.out)
+        assemble.assemble(model, {name: result(name) for name in assemble.ADAPTERS}, ASSETS)
     elif stage == "figures":
         measure(CACHE, figures, args.only)
     elif stage == "card":
         write_card(figures)
     elif stage == "examples":
-        examples.write(CACHE, args.out)
+        examples.write(CACHE, ASSETS)
     elif stage == "gallery":
-        gallery.write(args.out / "examples", CACHE / "pictures" / "unseen", Path("docs"))
+        gallery.write(ASSETS / "examples", CACHE / "pictures" / "unseen", Path("docs"))
     else:
         adopt(stage.removeprefix("adopt-"), model)
 
@@ -138,20 +139,21 @@ def teach_judges() -> None:
     (CACHE / "judges" / "figures.json").write_text(json.dumps(right, indent=1) + "\n")
 
 
-def result(run: str, part: str = "") -> Path:
-    """A training's result, or while it goes on its best so far. Raises ``MahlstickError`` where there is neither."""
-    folders = [CACHE / "runs" / run / part, CACHE / "runs" / run / "best" / part]
-    found = next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
-    if found is None:
-        recipe = f"training/recipes/{run}.toml"
-        raise MahlstickError(f"{folders[0]} holds no result yet; mahlstick train --config {recipe} makes it")
-    return found
+def result(run: str, parts: Iterable[str] = ("",)) -> Path:
+    """A training's result, or while it goes on its best so far, whichever has all the parts. Raises ``MahlstickError``
+    where neither has."""
+    folders = [CACHE / "runs" / run, CACHE / "runs" / run / "best"]
+    for folder in folders:
+        if all(any((folder / part).glob("*.safetensors")) for part in parts):
+            return folder
+    recipe = f"training/recipes/{run}.toml"
+    raise MahlstickError(f"{folders[0]} holds no result yet; mahlstick train --config {recipe} makes it")
 
 
 def adopt(run: str, model: Path) -> None:
-    """Copy trained nets into the model's folder, all or none."""
-    sources = {target: result(run, part) for part, target in ADOPTED[run].items()}
-    for target, source in sources.items():
+    """Copy trained nets, of one run and one step, into the model's folder."""
+    found = result(run, ADOPTED[run])
+    for source, target in ((found / part, target) for part, target in ADOPTED[run].items()):
         (model / target).mkdir(exist_ok=True)
         for path in (*source.glob("config.json"), *source.glob("*.safetensors")):
             shutil.copy(path, model / target / path.name)

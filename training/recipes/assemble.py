@@ -30,8 +30,25 @@ def assemble(model: Path, adapters: dict[str, Path], out: Path) -> Path:
     """Write ``out/embedded`` from the pipeline folder ``model`` and the trained ``adapters``, by their names in
     ADAPTERS; what is there already is replaced when the new one is whole. Raises ``MahlstickError`` beyond LIMIT.
     """
-    new, folder = out / ".embedded", out / "embedded"
+    new, old, folder = out / ".embedded", out / ".embedded-before", out / "embedded"
     shutil.rmtree(new, ignore_errors=True)
+    try:
+        size = _write(model, adapters, new) + _bytes(out / "examples")
+        if size > LIMIT:
+            raise MahlstickError(f"{folder} would take {size / 1e6:.1f} MB of {LIMIT / 1e6:.0f}; make the nets smaller")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    log.info("%s: %.1f MB with the examples", folder, size / 1e6)
+    return folder
+
+
+def _write(model: Path, adapters: dict[str, Path], new: Path) -> int:
+    """The folder; how many bytes it takes."""
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
     pipe.to(dtype=torch.float16).save_pretrained(new)
     copy_vocabulary(model, new)
@@ -39,13 +56,11 @@ def assemble(model: Path, adapters: dict[str, Path], out: Path) -> Path:
         kind = ControlNet if name == "controlnet" else IPAdapter
         kind.from_pretrained(source).half().save_pretrained(new / ADAPTERS[name])
     portable(new)
-    size = sum(path.stat().st_size for path in (*new.rglob("*"), *(out / "examples").rglob("*")) if path.is_file())
-    if size > LIMIT:
-        raise MahlstickError(f"{new} takes {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB; make the nets smaller")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-    log.info("%s: %.1f MB with the examples", folder, size / 1e6)
-    return folder
+    return _bytes(new)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def portable(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from mahlstick.errors import MahlstickError
 from mahlstick.training.recipes import emoji, models, packages
 
 LICENCES = {
@@ -48,6 +49,9 @@ def card(folder: Path, figures: Mapping[str, Any], judges: Mapping[str, float], 
          runs: Path, remarks: str) -> str:  # fmt: skip
     """MODEL_CARD.md. ``figures`` and ``judges`` are their stages' files; ``runs`` the folder of the trainings;
     ``remarks`` what a person saw in the pictures."""
+    for name, measure, _ in TOLD:
+        if measure not in figures.get(name, {}):
+            raise MahlstickError(f"the figures lack {measure} of {name}; do the stage figures --only {name} first")
     sources = [f"| `{name}` | {version} | {LICENCES[name]} |" for name, version in packages.VERSIONS.items()]
     unseen = [concept.label for concept in concepts if concept.held_out]
     commands = dict.fromkeys(figures[name]["command"] for name, _, _ in TOLD)

@@ -43,7 +43,7 @@ def rasterise(icon: dict[str, Any], width: float, height: float, size: int) -> n
 
 
 def colour_of(rgba: np.ndarray) -> str:
-    """A picture's dominant colour, by vote of its opaque pixels; (64, 64, 4) uint8 → one of COLOURS or GREYS."""
+    """A picture's dominant colour, by vote of its opaque pixels; (H, W, 4) uint8 → one of COLOURS or GREYS."""
     hsv = cv2.cvtColor(np.ascontiguousarray(rgba[..., :3]), cv2.COLOR_RGB2HSV)[rgba[..., 3] > 127].astype(int)
     if not len(hsv):
         return "white"

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.load import Loader
 from mahlstick.training.evaluate import EvaluateConfig, evaluate
 
@@ -73,17 +74,19 @@ def command(config: EvaluateConfig) -> str:
 
 def measure(cache: Path, out: Path, names: list[str] | None = None) -> dict[str, Any]:
     """Run the evaluations, all or those named, and keep their figures in the file ``out`` beside what is there."""
-    known = json.loads(out.read_text()) if out.is_file() else {}
+    known, planned = json.loads(out.read_text()) if out.is_file() else {}, runs(cache)
+    if unknown := set(names or ()) - set(planned):
+        raise MahlstickError(f"--only {min(unknown)}: there is no such evaluation; these are: {', '.join(planned)}")
     loader = Loader()
-    for name, config in runs(cache).items():
+    for name, config in planned.items():
         if names and name not in names:
             continue
         found = evaluate(config, loader=loader)
         figures = {
-            measure: {column: round(mean.value, 4) for column, mean in of.items()}
-            for measure, of in found.figures.items()
+            what: {column: round(mean.value, 4) for column, mean in of.items()} for what, of in found.figures.items()
         }
         known[name] = {"pictures": len(found.rows), "command": command(config), **figures}
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(known, indent=1) + "\n")
         log.info("%s\n%s", name, "\n".join("  ".join(row) for row in found.table()))
     return known
