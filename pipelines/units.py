@@ -145,9 +145,10 @@ class ImagePrompt(Unit):
 class Motion(Unit):
     """A motion module: the pictures that one prompt makes in a call are the frames of a clip.
 
-    ``frames``: of a clip, left out all of the call's; give it with several prompts. ``scale``: how strongly the frames mix. ``norm``: ``frame`` or
-    ``clip``, left out as the module's file implies. ``extend``: what becomes of the positions where there are more
-    frames than were trained (``interpolate``, ``ntk``, ``repeat``; ``none`` refuses). ``mask``: white where it moves.
+    ``frames``: of a clip, left out all of the call's; give it with several prompts. ``scale``: how strongly the frames
+    mix. ``norm``: ``frame`` or ``clip``, left out as the module's file implies. ``extend``: what becomes of the
+    positions where there are more frames than were trained (``interpolate``, ``ntk``, ``repeat``; ``none`` refuses).
+    ``mask``: white where it moves.
     """
 
     module: MotionAdapter
