@@ -542,10 +542,6 @@ _DOWN = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
 FOREIGN: dict[str, tuple[str, Callable[[], State]]] = {
     "t2i": ("t2i_adapter", state_of("T2IAdapter", channels=[32, 64], num_res_blocks=1)),
     "t2i original": ("t2i_adapter", zeros("conv_in.weight", "body.0.block1.weight")),
-    "motion": (
-        "motion_adapter",
-        state_of("MotionAdapter", block_out_channels=(32, 64), motion_num_attention_heads=2, motion_norm_num_groups=8),
-    ),
     "motion lora": (
         "motion_lora",
         zeros("down_blocks.0.motion_modules.0.temporal_transformer.processor.to_q_lora.down.weight"),
