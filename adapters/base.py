@@ -161,14 +161,16 @@ def spread(rows: Tensor, batch: int, parts: Sequence[str] | None) -> Tensor:
     return rows.repeat_interleave(batch // (count * n), dim=0).repeat(count, *[1] * (rows.ndim - 1))
 
 
-def area_mask(mask: Tensor, like: Tensor, parts: Sequence[str] | None, kept: dict[tuple[Any, ...], Tensor]) -> Tensor:
-    """A mask ``(n, 1, H, W)`` at the size and for the rows of ``like``, by area: the share of each cell in which the
-    unit acts. ``kept`` holds those made before."""
-    key = (*like.shape[-2:], like.shape[0], tuple(parts or ()))
+def area_mask(
+    mask: Tensor, size: Sequence[int], batch: int, parts: Sequence[str] | None, kept: dict[tuple[Any, ...], Tensor]
+) -> Tensor:
+    """A mask ``(n, 1, H, W)`` at a layer's size ``(h, w)`` for every row, ``(batch, 1, h, w)``, by area: the share of
+    each cell in which the unit acts. ``kept`` holds those made before."""
+    key = (*size, batch, tuple(parts or ()))
     if key not in kept:
-        small = torch.nn.functional.interpolate(mask.float(), size=tuple(like.shape[-2:]), mode="area")
-        kept[key] = spread(small, like.shape[0], parts)
-    return kept[key].to(like)
+        small = torch.nn.functional.interpolate(mask.float(), size=tuple(size), mode="area")
+        kept[key] = spread(small, batch, parts)
+    return kept[key]
 
 
 def number(value: Any, name: str, low: float = -100.0, high: float = 100.0) -> float:

@@ -357,7 +357,7 @@ class ControlAttachment(Attachment):
                 0, torch.tensor(rows, device=residual.device), residual
             )
         if self.mask is not None:
-            residual = residual * area_mask(self.mask, residual.new_empty(batch, 1, *size), parts, self._masks)
+            residual = residual * area_mask(self.mask, size, batch, parts, self._masks).to(residual)
         return residual
 
     def _encoded_hint(self, height: int, width: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mahlstick.adapters import formats, positions
 from mahlstick.adapters.base import Adapter, Attachment, Clock, Window, area_mask, number, unwrap
-from mahlstick.adapters.formats.motion import per_level
+from mahlstick.adapters.formats.bases import per_level
 from mahlstick.adapters.positions import Extension, Positions
 from mahlstick.adapters.projectors import multihead
 from mahlstick.errors import MahlstickError
@@ -279,7 +279,8 @@ class MotionAttachment(Attachment):
             x = output[0] if isinstance(output, tuple) else output
             more = module(x.to(module.proj_in.weight.dtype), self.active, self.norm, self.extend).to(x)
             if self.mask is not None:
-                more = more * area_mask(self.mask, more, self.parts, self._masks)
+                mask = area_mask(self.mask, more.shape[-2:], more.shape[0], self.parts, self._masks)
+                more = more * mask.to(more)
             mixed = x + self.scale * more
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 

@@ -57,7 +57,7 @@ def _controlnet_differences(config: Mapping[str, Any], unet_config: Mapping[str,
     for field in fields:
         ours, theirs = config.get(field), unet_config.get(field)
         # A scalar stands for the same value at each level.
-        if _per_level(ours, levels) != _per_level(theirs, levels):
+        if per_level(ours, levels) != per_level(theirs, levels):
             found.append(f"{field} ({_plain(ours)} and {_plain(theirs)})")
     # An inpainting UNet takes mask and masked picture after the latents; a ControlNet sees the first channels.
     if config.get("in_channels", 4) > unet_config.get("in_channels", 4):
@@ -67,7 +67,7 @@ def _controlnet_differences(config: Mapping[str, Any], unet_config: Mapping[str,
 
 def _ip_adapter_differences(config: Mapping[str, Any], unet_config: Mapping[str, Any]) -> list[str]:
     cross = unet_config["cross_attention_dim"]
-    if _per_level(config["cross_attention_dim"], 1) != _per_level(cross, 1):
+    if per_level(config["cross_attention_dim"], 1) != per_level(cross, 1):
         return [f"cross_attention_dim ({config['cross_attention_dim']} and {_plain(cross)})"]
     ours = [width for _, width in sorted((int(index), width) for index, width in config["layers"].items())]
     theirs = cross_attention_widths(unet_config)
@@ -85,7 +85,7 @@ def _motion_differences(config: Mapping[str, Any], unet_config: Mapping[str, Any
         found.append("the middle block, which this UNet has not")
     for ours, theirs in (("block_out_channels",) * 2, ("motion_layers_per_block", "layers_per_block")):
         mine, its = config[ours], unet_config[theirs]
-        if _per_level(mine, levels) != _per_level(its, levels):
+        if per_level(mine, levels) != per_level(its, levels):
             found.append(f"{theirs} ({_plain(mine)} and {_plain(its)})")
     return found
 
@@ -101,13 +101,13 @@ def cross_attention_widths(unet_config: Mapping[str, Any]) -> list[int]:
     """Channels of each cross-attention of a UNet2DConditionModel, in diffusers' order: down, up, middle."""
     channels = list(unet_config["block_out_channels"])
     levels = len(channels)
-    layers = _per_level(unet_config.get("layers_per_block", 2), levels)
-    depths = _per_level(unet_config.get("transformer_layers_per_block", 1), levels)
+    layers = per_level(unet_config.get("layers_per_block", 2), levels)
+    depths = per_level(unet_config.get("transformer_layers_per_block", 1), levels)
     up_depths = unet_config.get("reverse_transformer_layers_per_block") or depths[::-1]
     widths: list[int] = []
     for kind, width, count, depth in zip(unet_config["down_block_types"], channels, layers, depths, strict=True):
         widths += [width] * _blocks(kind, count, depth)
-    up = zip(unet_config["up_block_types"], channels[::-1], layers[::-1], _per_level(up_depths, levels), strict=True)
+    up = zip(unet_config["up_block_types"], channels[::-1], layers[::-1], per_level(up_depths, levels), strict=True)
     for kind, width, count, depth in up:
         widths += [width] * _blocks(kind, count + 1, depth)
     middle = depths[-1] if isinstance(depths[-1], int) else depths[-1][0]
@@ -120,7 +120,8 @@ def _blocks(kind: str, attentions: int, depth: int | Sequence[int]) -> int:
     return attentions * depth if isinstance(depth, int) else sum(depth)
 
 
-def _per_level(value: Any, levels: int) -> list[Any]:
+def per_level(value: Any, levels: int) -> list[Any]:
+    """A field of a config that may stand for every level, as a list with one for each."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * levels
 
 

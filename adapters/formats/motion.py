@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mahlstick.adapters.formats.bases import per_level
 from mahlstick.errors import MahlstickError
 
 # What no file tells, as published: heads of every attention, and groups of the normalisation before it.
@@ -154,8 +155,3 @@ def _module(config: Mapping[str, Any], width: int) -> dict[str, tuple[int, ...]]
         if config["positions"] != "rotary":
             shapes[f"{block}.pos_embed.pe"] = (1, config["motion_max_seq_length"], width)
     return shapes
-
-
-def per_level(value: Any, levels: int) -> list[Any]:
-    """A field that may stand for every level, as a list with one for each."""
-    return list(value) if isinstance(value, Sequence) else [value] * levels
