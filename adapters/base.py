@@ -144,32 +144,61 @@ class Window:
         return self.start <= step / steps and (step + 1) / steps <= self.end
 
 
-def spread(rows: Tensor, batch: int, parts: Sequence[str] | None) -> Tensor:
+@dataclass(frozen=True)
+class Excerpt:
+    """The pictures that one UNet call sees of a run that takes several calls for each step: windows over long clips.
+
+    ``pictures`` are their places among the ``whole`` number of pictures, clip by clip, ``length`` of each clip.
+    """
+
+    pictures: tuple[int, ...]
+    whole: int
+    length: int
+
+    def of(self, n: int) -> list[int]:
+        """Which of n conditions (of the pictures or of their prompts) belong to the pictures, in their order."""
+        if self.whole % n:
+            raise _no_fit(n, self.whole)
+        return [picture * n // self.whole for picture in self.pictures]
+
+
+def _no_fit(n: int, pictures: int) -> MahlstickError:
+    return MahlstickError(
+        f"{n} conditions do not fit a batch of {pictures}: give one, or one for each picture of the batch."
+    )
+
+
+def spread(rows: Tensor, batch: int, parts: Sequence[str] | None, excerpt: Excerpt | None = None) -> Tensor:
     """Give every row of the batch its condition: ``(n, ...)`` to ``(batch, ...)``.
 
     One condition serves all rows. n conditions serve n pictures or n prompts: those of a prompt's pictures lie side
-    by side, and every part of the batch (see :class:`Clock`) repeats them. Raises ``MahlstickError`` where n does not
-    divide.
+    by side, and every part of the batch (see :class:`Clock`) repeats them. Where the call sees an excerpt, n is
+    counted over the whole. Raises ``MahlstickError`` where n does not divide.
     """
     n, count = rows.shape[0], len(parts or ("all",))
     if n == 1:
         return rows.expand(batch, *rows.shape[1:])
+    if excerpt is not None:
+        return rows[excerpt.of(n)].repeat(count, *[1] * (rows.ndim - 1))
     if n != batch if parts is None else batch % (count * n):
-        raise MahlstickError(
-            f"{n} conditions do not fit a batch of {batch // count}: give one, or one for each picture of the batch."
-        )
+        raise _no_fit(n, batch // count)
     return rows.repeat_interleave(batch // (count * n), dim=0).repeat(count, *[1] * (rows.ndim - 1))
 
 
 def area_mask(
-    mask: Tensor, size: Sequence[int], batch: int, parts: Sequence[str] | None, kept: dict[tuple[Any, ...], Tensor]
+    mask: Tensor,
+    size: Sequence[int],
+    batch: int,
+    parts: Sequence[str] | None,
+    kept: dict[tuple[Any, ...], Tensor],
+    excerpt: Excerpt | None = None,
 ) -> Tensor:
     """A mask ``(n, 1, H, W)`` at a layer's size ``(h, w)`` for every row, ``(batch, 1, h, w)``, by area: the share of
     each cell in which the unit acts. ``kept`` holds those made before."""
     key = (*size, batch, tuple(parts or ()))
     if key not in kept:
         small = torch.nn.functional.interpolate(mask.float(), size=tuple(size), mode="area")
-        kept[key] = spread(small, batch, parts)
+        kept[key] = spread(small, batch, parts, excerpt)
     return kept[key]
 
 
@@ -209,24 +238,33 @@ class Attachment(ABC):
     """An adapter clipped on a UNet: owns the run's state and the hooks; a context manager that detaches.
 
     Building one only checks; :meth:`fasten` changes the UNet. ``detach`` may be called again and in any order.
+    Text that changes with the frames needs hooks and no ``adapter``.
     """
 
+    adapter: Adapter | None
+
+    #: Whether it changes what the other units of a call read.
+    before_others: ClassVar[bool] = False
+
     def __init__(
-        self, adapter: Adapter, unet: UNet2DConditionModel, window: Window | None, clock: Clock | None
+        self, adapter: Adapter | None, unet: UNet2DConditionModel, window: Window | None, clock: Clock | None
     ) -> None:
-        formats.require_fit(adapter.kind, dict(adapter.config), dict(unet.config))
+        if adapter is not None:
+            formats.require_fit(adapter.kind, dict(adapter.config), dict(unet.config))
         self.adapter = adapter
         self.unet = cast("UNet2DConditionModel", unwrap(unet))
         self.window = window or Window()
         self.clock = clock or Clock()
         self.compiled = unet is not self.unet or unet._compiled_call_impl is not None
+        self.excerpt: Excerpt | None = None
         self._handles: list[Any] = []
         self._home: torch.device | None = None
 
     def fasten(self) -> Self:
         """Register the hooks; all of them or none."""
         try:
-            self._handles.append(self.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True))
+            hook = self.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True, prepend=self.before_others)
+            self._handles.append(hook)
             self._fasten()
         except BaseException:
             self.detach()
@@ -240,13 +278,20 @@ class Attachment(ABC):
         """Take every hook off and let go of the run's tensors."""
         while self._handles:
             self._handles.pop().remove()
-        if self._home is not None:
+        if self.adapter is not None and self._home is not None:
             self.adapter.to(self._home)
             self._home = None
+        self.see(None)
         self._forget()
 
     def _forget(self) -> None:  # noqa: B027 - nothing kept by default
         """Drop cached tensors."""
+
+    def see(self, excerpt: Excerpt | None) -> None:
+        """The next calls of the UNet hold these pictures of the run; None: all of them."""
+        if excerpt != self.excerpt:
+            self.excerpt = excerpt
+            self._forget()
 
     @property
     def attached(self) -> bool:
@@ -269,15 +314,18 @@ class Attachment(ABC):
                 "whether the UNet is called with guidance."
             )
         acts = self.acts and self.window.holds(self.clock, arguments["timestep"])
-        # A module outside pipe.components does not follow the pipeline's device moves, so we place it.
-        if acts and self.adapter.device != sample.device:
-            self._home = self._home or self.adapter.device
-            self.adapter.to(sample.device)
-        if acts:
-            self.adapter.widen(self.unet.conv_in.weight.dtype)  # the sample's is another under autocast
+        if acts and self.adapter is not None:
+            self._place(self.adapter, sample.device)
         changes = self._contribute(arguments, parts, acts)
         # What came by position stays there: later hooks may look for it.
         return (args[:3], {**dict(list(arguments.items())[len(args[:3]) :]), **changes}) if changes else None
+
+    def _place(self, adapter: Adapter, device: torch.device) -> None:
+        # A module outside pipe.components does not follow the pipeline's device moves, so we place it.
+        if adapter.device != device:
+            self._home = self._home or adapter.device
+            adapter.to(device)
+        adapter.widen(self.unet.conv_in.weight.dtype)  # the sample's is another under autocast
 
     @property
     @abstractmethod

@@ -20,6 +20,7 @@ from mahlstick.adapters.base import (
     Adapter,
     Attachment,
     Clock,
+    Excerpt,
     Timestep,
     Window,
     area_mask,
@@ -31,8 +32,8 @@ from mahlstick.errors import MahlstickError
 
 Mode = Literal["balanced", "prompt", "control", "guess"]
 
-# The picture at (height, width) in pixels, as (n, channels, height, width) in [0, 1].
-Picture = Callable[[int, int], Tensor]
+# The pictures at (height, width) in pixels, as (n, channels, height, width) in [0, 1]; of an excerpt, its own.
+Picture = Callable[[int, int, Excerpt | None], Tensor]
 
 _ENCODER = (
     "conv_in",
@@ -357,7 +358,7 @@ class ControlAttachment(Attachment):
                 0, torch.tensor(rows, device=residual.device), residual
             )
         if self.mask is not None:
-            residual = residual * area_mask(self.mask, size, batch, parts, self._masks).to(residual)
+            residual = residual * area_mask(self.mask, size, batch, parts, self._masks, self.excerpt).to(residual)
         return residual
 
     def _encoded_hint(self, height: int, width: int) -> Tensor:
@@ -367,7 +368,7 @@ class ControlAttachment(Attachment):
         if self._hint is not None and self._hint[0] == key and not torch.is_grad_enabled():
             return self._hint[1]
         size = height * net.hint_factor, width * net.hint_factor
-        image = self.image(*size) if callable(self.image) else self.image
+        image = self.image(*size, self.excerpt) if callable(self.image) else shown(self.image, self.excerpt)
         if tuple(image.shape[-2:]) != size:
             raise MahlstickError(
                 f"the control picture is a tensor of shape {tuple(image.shape)}, but pictures of {size[1]}x{size[0]} "
@@ -377,6 +378,11 @@ class ControlAttachment(Attachment):
         hint = net.encode_hint(image)
         self._hint = None if torch.is_grad_enabled() else (key, hint)
         return hint
+
+
+def shown(rows: Tensor, excerpt: Excerpt | None) -> Tensor:
+    """Of one row for each picture (or for all of them) those that an excerpt shows."""
+    return rows if excerpt is None or rows.shape[0] == 1 else rows[excerpt.of(rows.shape[0])]
 
 
 # Without timestep_cond: a UNet distilled to take its guidance as an input has it, a ControlNet never does.

@@ -77,18 +77,21 @@ class IPAdapter(Adapter):
     def from_unet(
         cls,
         unet: UNet2DConditionModel,
-        projector: Literal["linear", "resampler", "mlp"] = "linear",
+        projector: Literal["linear", "resampler", "mlp", "video"] = "linear",
         tokens: int = 4,
         feature_dim: int = 1024,
         *,
         depth: int = 4,
         heads: int = 12,
         head_dim: int = 64,
+        frames: int = 8,
+        grid: int = 16,
     ) -> Self:
         """Fresh, for ``unet``'s layers: W′k and W′v start as the text's Wk and Wv (section 3.2.2).
 
         ``feature_dim`` is the width of the image encoder's output, pooled for ``linear`` and per patch for the others;
-        ``depth``, ``heads`` and ``head_dim`` are the resampler's.
+        ``depth``, ``heads`` and ``head_dim`` are the resampler's and the video projector's. The latter reads
+        ``frames`` of a clip, of grid × grid patches each.
         """
         unet = cast("UNet2DConditionModel", unwrap(unet))
         layers = dict(cross_attentions(unet))
@@ -100,8 +103,10 @@ class IPAdapter(Adapter):
             "cross_attention_dim": first.to_k.in_features,
             "layers": {str(2 * i + 1): attn.to_k.out_features for i, attn in enumerate(layers.values())},
         }
-        if projector == "resampler":
+        if projector in ("resampler", "video"):
             config.update(depth=depth, heads=heads, head_dim=head_dim)
+        if projector == "video":
+            config.update(frames=frames, grid=grid)
         if first.to_k.weight.is_meta:
             raise MahlstickError("the UNet's own weights are not in their places: switch offload off before from_unet.")
         adapter = cls(config)
@@ -150,9 +155,10 @@ class IPAdapter(Adapter):
         """Features of PIL pictures, and those that stand for no picture.
 
         Pooled ``(n, feature_dim)`` for a linear projector, of all patches of the last layer but one
-        ``(n, length, feature_dim)`` for the others. No picture is zeros for pooled features, and the features of an
-        input of zeros for the others, as in the published code. ``encoder`` (a vision model and its processor) serves
-        an adapter that has none of its own. Raises ``MahlstickError`` without an image encoder.
+        ``(n, length, feature_dim)`` for the others; for a video projector the pictures are the frames of one clip,
+        ``(1, n, length, feature_dim)``. No picture is zeros for pooled features, and the features of an input of zeros
+        for the others, as in the published code. ``encoder`` (a vision model and its processor) serves an adapter that
+        has none of its own. Raises ``MahlstickError`` without an image encoder.
         """
         model, processor = self._encoder if self._encoder[0] is not None else encoder
         if model is None:
@@ -169,19 +175,21 @@ class IPAdapter(Adapter):
             pooled = model(pixels).image_embeds
             return pooled, torch.zeros_like(pooled[:1])
         both = model(torch.cat([pixels, torch.zeros_like(pixels[:1])]), output_hidden_states=True).hidden_states[-2]
-        return both[:-1], both[-1:]
+        found, nothing = both[:-1], both[-1:]
+        if isinstance(self.image_proj, projectors.Video):
+            return found[None], nothing.expand_as(found)[None]
+        return found, nothing
 
     def tokens(self, features: Tensor) -> Tensor:
         """Image features as prompt tokens ``(batch, tokens, cross_attention_dim)``.
 
         Raises ``MahlstickError`` for features of the wrong shape.
         """
-        rank, width = 2 if self.image_proj.pooled else 3, self.config["feature_dim"]
-        if features.ndim != rank or features.shape[-1] != width:
-            wanted = f"(batch, {width})" if self.image_proj.pooled else f"(batch, length, {width})"
+        takes, width = self.image_proj.takes, self.config["feature_dim"]
+        if features.ndim != len(takes) + 1 or features.shape[-1] != width:
             raise MahlstickError(
-                f"this IP-Adapter's projector ({self.config['projector']}) takes features of shape {wanted}; "
-                f"got {tuple(features.shape)}."
+                f"this IP-Adapter's projector ({self.config['projector']}) takes features of shape "
+                f"({', '.join(takes)}, {width}); got {tuple(features.shape)}."
             )
         return cast(Tensor, self.image_proj(features.to(self.device, self.dtype)))
 
@@ -290,13 +298,14 @@ class ImageAttachment(Attachment):
         """The tokens of every row of the batch: the negative ones in its unconditional part."""
         parts = self.parts
         size = self.batch // len(parts or ("cond",))
-        tokens = self.tokens(size) if callable(self.tokens) else self.tokens
+        whole = self.excerpt.whole if self.excerpt is not None else size
+        tokens = self.tokens(whole) if callable(self.tokens) else self.tokens
         if parts is None or "uncond" not in parts:
-            return spread(tokens, self.batch, parts)
-        negative = self.negative(size) if callable(self.negative) else self.negative
+            return spread(tokens, self.batch, parts, self.excerpt)
+        negative = self.negative(whole) if callable(self.negative) else self.negative
         if negative is None:
             raise MahlstickError("under guidance the unconditional half needs tokens of its own: give negative=.")
-        tokens, negative = spread(tokens, size, ("cond",)), spread(negative, size, ("cond",))
+        tokens, negative = (spread(rows, size, ("cond",), self.excerpt) for rows in (tokens, negative))
         tokens, negative = _same_length(tokens, negative)
         return torch.cat([negative if part == "uncond" else tokens for part in parts])
 
@@ -305,7 +314,8 @@ class ImageAttachment(Attachment):
         if (queries, self.parts) not in self._masks:
             assert self.mask is not None
             small = F.interpolate(self.mask.float(), size=_grid(self.size, queries), mode="bicubic")
-            self._masks[queries, self.parts] = spread(small.flatten(2).transpose(1, 2), self.batch, self.parts)
+            by_query = small.flatten(2).transpose(1, 2)
+            self._masks[queries, self.parts] = spread(by_query, self.batch, self.parts, self.excerpt)
         return self._masks[queries, self.parts]
 
 

@@ -8,13 +8,15 @@ where the blocks attend along the frames at every place of the picture, and proj
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mahlstick.adapters import formats, positions
-from mahlstick.adapters.base import Adapter, Attachment, Clock, Window, area_mask, number, unwrap
+from mahlstick.adapters import formats, motion_lora, positions
+from mahlstick.adapters.base import Adapter, Attachment, Clock, Excerpt, Window, area_mask, number, unwrap
+from mahlstick.adapters.context import Context, Schedule, WindowedCall, step_of
 from mahlstick.adapters.formats.bases import per_level
 from mahlstick.adapters.positions import Extension, Positions
 from mahlstick.adapters.projectors import multihead
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 Norm = Literal["frame", "clip"]
+
+#: Frames of the clips on which the published modules learned (section 4.1), however long their tables are.
+TRAINED = 16
 
 #: Places of a picture that attend at once: kernels of GPUs take at most 65,535 rows, counted with the heads.
 _ROWS = 65_535
@@ -179,6 +184,11 @@ class MotionAdapter(Adapter):
                 nn.init.zeros_(module.proj_out.bias)
         return adapter.to(unet.device, unet.dtype).eval()
 
+    def with_lora(self, path: str | PathLike[str], scale: float = 1.0) -> Self:
+        """A new module with the motion LoRA in ``path`` merged into the weights, see `motion_lora.merged`; this one
+        stays as it is."""
+        return self._from_state(self.config, motion_lora.merged(self.state_dict(), path, number(scale, "scale")))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: a motion module acts inside a UNet."""
         raise MahlstickError("a motion module acts inside a UNet: clip it on with attach.")
@@ -191,12 +201,17 @@ class MotionAdapter(Adapter):
         scale: float = 1.0,
         norm: Norm | None = None,
         extend: Extension = "none",
+        context: int | None = None,
+        overlap: int | None = None,
+        schedule: Schedule = "uniform",
         mask: Tensor | None = None,
         window: Window | None = None,
         clock: Clock | None = None,
     ) -> MotionAttachment:
         """Clip the modules on ``unet``; see `MotionAttachment`."""
-        return MotionAttachment(self, unet, frames, scale, norm, extend, mask, window, clock).fasten()
+        return MotionAttachment(
+            self, unet, frames, scale, norm, extend, context, overlap, schedule, mask, window, clock
+        ).fasten()
 
 
 class MotionAttachment(Attachment):
@@ -204,8 +219,11 @@ class MotionAttachment(Attachment):
 
     ``frames``: of a clip; None takes each part of the batch for one clip, so give it with several prompts. ``scale``:
     of what is added. ``norm``: each ``frame`` normalised by itself, as the published modules were trained, or over the
-    ``clip``, as diffusers computes; left out, what the file's layout says. ``extend``: for more frames than a table of
-    positions has places, see `positions.extend`; rotary ones have no end.
+    ``clip``, as diffusers computes; left out, what the file's layout says.
+    Longer clips than the module's table of positions has places are made in windows of ``context`` frames with
+    ``overlap`` (left out, 16 and a quarter of it), see `Context`; or ``extend`` gives it more places, see
+    `positions.extend`. Given, ``context`` counts for every longer clip. Rotary positions have no end.
+    The text may have fewer rows than there are pictures: one for each prompt.
     ``mask`` ``(n, 1, H, W)``: 1 where frames mix, by area at each layer.
     """
 
@@ -219,6 +237,9 @@ class MotionAttachment(Attachment):
         scale: float = 1.0,
         norm: Norm | None = None,
         extend: Extension = "none",
+        context: int | None = None,
+        overlap: int | None = None,
+        schedule: Schedule = "uniform",
         mask: Tensor | None = None,
         window: Window | None = None,
         clock: Clock | None = None,
@@ -234,16 +255,28 @@ class MotionAttachment(Attachment):
             raise MahlstickError("extend='ntk' is for sinusoidal positions, and these were learned: use 'interpolate'.")
         if frames is not None and (not isinstance(frames, int) or frames < 1):
             raise MahlstickError(f"frames must be a whole number of at least 1; got {frames!r}.")
+        self.places: int | None = adapter.config["motion_max_seq_length"] if extend == "none" else None
+        self.given = context is not None
+        length = context if context is not None else min(TRAINED, self.places or TRAINED)
+        if context is not None and self.places is not None and context > self.places:
+            raise positions.too_many(context, self.places)
+        self.context = Context(length, length // 4 if overlap is None else overlap, schedule)
         self.active = 0  # frames of a clip in the call under way; 0: the modules rest
         self.parts: tuple[str, ...] | None = None
+        self._windows = WindowedCall(self, self.unet, self.clock)
         self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     def _fasten(self) -> None:
+        self._handles += self._windows.hooks()
         for place, module in places(self.unet, self.adapter):
             self._handles.append(place.register_forward_hook(self._hook(module)))
         if self.compiled:
             # Dynamo does not guard the hooks of inner modules: compiled code would go on without these.
             torch._dynamo.reset()
+
+    def detach(self) -> None:
+        self._windows.reset()
+        super().detach()
 
     def _forget(self) -> None:
         self.active = 0
@@ -253,23 +286,45 @@ class MotionAttachment(Attachment):
     def acts(self) -> bool:
         return self.scale != 0.0
 
-    def _contribute(self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool) -> dict[str, Any]:
-        self.active, self.parts = 0, parts
-        if not acts:
-            return {}
-        pictures = arguments["sample"].shape[0] // len(parts or ("cond",))
+    def excerpts(self, arguments: dict[str, Any]) -> list[Excerpt] | None:
+        """The windows in which this call of the UNet is made; None where it may be made as it is."""
+        whole = self._pictures(arguments)
+        frames = self._frames(whole)
+        windows = [list(range(frames))]
+        if self.windowed(frames) and self.acts and self.window.holds(self.clock, arguments["timestep"]):
+            windows = self.context.windows(frames, step_of(self.clock, arguments["timestep"]))
+        if len(windows) == 1 and arguments["encoder_hidden_states"].shape[0] == arguments["sample"].shape[0]:
+            return None
+        starts = range(0, whole, frames)
+        clips = [tuple(start + frame for start in starts for frame in window) for window in windows]
+        return [Excerpt(clip, whole, len(window)) for clip, window in zip(clips, windows, strict=True)]
+
+    def windowed(self, frames: int) -> bool:
+        """Whether a clip of so many frames is made in windows."""
+        if self.given:
+            return frames > self.context.length
+        return self.places is not None and frames > self.places
+
+    def _pictures(self, arguments: dict[str, Any]) -> int:
+        return int(arguments["sample"].shape[0]) // len(self.clock.parts or ("cond",))
+
+    def _frames(self, pictures: int) -> int:
         frames = self.frames or pictures
         if pictures % frames:
             raise MahlstickError(
                 f"{pictures} pictures are no clips of {frames} frames: ask the pipeline for "
                 f"num_images_per_prompt={frames}, or give Motion(frames=…)."
             )
-        length = self.adapter.config["motion_max_seq_length"]
-        if length is not None and frames > length and self.extend == "none":
-            raise positions.too_many(frames, length)
-        if self.mask is not None and self.mask.shape[0] not in (1, pictures):
-            raise MahlstickError(f"{self.mask.shape[0]} masks for {pictures} pictures: give one, or one for each.")
-        self.active = frames
+        return frames
+
+    def _contribute(self, arguments: dict[str, Any], parts: tuple[str, ...] | None, acts: bool) -> dict[str, Any]:
+        self.active, self.parts = 0, parts
+        if not acts:
+            return {}
+        whole = self.excerpt.whole if self.excerpt is not None else self._pictures(arguments)
+        if self.mask is not None and self.mask.shape[0] not in (1, whole):
+            raise MahlstickError(f"{self.mask.shape[0]} masks for {whole} pictures: give one, or one for each.")
+        self.active = self.excerpt.length if self.excerpt is not None else self._frames(whole)
         return {}
 
     def _hook(self, module: TemporalTransformer) -> Any:
@@ -279,7 +334,7 @@ class MotionAttachment(Attachment):
             x = output[0] if isinstance(output, tuple) else output
             more = module(x.to(module.proj_in.weight.dtype), self.active, self.norm, self.extend).to(x)
             if self.mask is not None:
-                mask = area_mask(self.mask, more.shape[-2:], more.shape[0], self.parts, self._masks)
+                mask = area_mask(self.mask, more.shape[-2:], more.shape[0], self.parts, self._masks, self.excerpt)
                 more = more * mask.to(more)
             mixed = x + self.scale * more
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed

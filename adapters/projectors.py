@@ -1,6 +1,7 @@
 """Projectors: image features into prompt tokens.
 
-Parameter names are those of the published IP-Adapter files, so that a state dict needs no renaming.
+Parameter names are those of the published IP-Adapter files, so that a state dict needs no renaming; those of `Video`,
+which nobody has published, are ours.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mahlstick.adapters import positions
 from mahlstick.errors import MahlstickError
 
 
@@ -21,6 +23,7 @@ class Linear(nn.Module):
     """
 
     pooled = True
+    takes = ("batch",)
 
     def __init__(self, feature_dim: int, dim: int, tokens: int) -> None:
         super().__init__()
@@ -39,6 +42,7 @@ class MLP(nn.Module):
     """
 
     pooled = False
+    takes = ("batch", "length")
 
     def __init__(self, feature_dim: int, dim: int) -> None:
         super().__init__()
@@ -76,6 +80,7 @@ class Resampler(nn.Module):
     """
 
     pooled = False
+    takes = ("batch", "length")
 
     def __init__(self, feature_dim: int, dim: int, tokens: int, depth: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -98,6 +103,51 @@ class Resampler(nn.Module):
         return cast(Tensor, self.norm_out(self.proj_out(latents)))
 
 
+class Video(nn.Module):
+    """A clip as one prompt, by InternVideo2's recipe (2403.15377): patches of sparsely sampled frames get positions in
+    time, height and width, attend to each other beside a class token, and are pooled by attention.
+
+    ``(batch, frames, length, feature_dim)`` to ``(batch, tokens, dim)``. A frame's features are grid² patches, row by
+    row, with or without the encoder's class token in front, which is left out: the clip has a learned one. More frames
+    than were trained have their positions interpolated along time.
+    """
+
+    pooled = False
+    takes = ("batch", "frames", "length")
+
+    def __init__(
+        self, feature_dim: int, dim: int, tokens: int, depth: int, heads: int, head_dim: int, frames: int, grid: int
+    ) -> None:
+        from diffusers.models.attention import BasicTransformerBlock
+
+        super().__init__()
+        width = heads * head_dim
+        self.frames, self.grid = frames, grid
+        self.proj_in = nn.Linear(feature_dim, width)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width) / width**0.5)
+        self.positions = nn.Parameter(positions.sincos_3d(frames, grid, grid, width)[None])
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(width, heads, head_dim, activation_fn="gelu") for _ in range(depth)
+        )
+        self.pool = Resampler(width, dim, tokens, 1, heads, head_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Raises ``MahlstickError`` for frames of another number of patches."""
+        batch, frames, length = features.shape[:3]
+        patches = self.grid**2
+        if length not in (patches, patches + 1):
+            raise MahlstickError(
+                f"this projector was made for frames of {self.grid} x {self.grid} patches ({patches} features, or one "
+                f"more with a class token); got {length}: encode them with the image encoder it was trained with."
+            )
+        x = self.proj_in(features[:, :, -patches:]).flatten(1, 2)
+        x = torch.cat([self.class_token.expand(batch, -1, -1), x], dim=1)
+        x = x + positions.extend_3d(self.positions, self.frames, frames)
+        for block in self.blocks:
+            x = block(x)
+        return cast(Tensor, self.pool(x))
+
+
 def _feed_forward(width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.LayerNorm(width),
@@ -113,16 +163,20 @@ def multihead(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-PROJECTORS = ("linear", "resampler", "mlp")
+Projector = Linear | MLP | Resampler | Video
+PROJECTORS = ("linear", "resampler", "mlp", "video")
 
 
-def build(config: dict[str, Any]) -> Linear | MLP | Resampler:
+def build(config: dict[str, Any]) -> Projector:
     """The projector that an IP-Adapter's config names. Raises ``MahlstickError`` for an unknown name."""
     kind, features, dim = config["projector"], config["feature_dim"], config["cross_attention_dim"]
+    sizes = ("tokens", "depth", "heads", "head_dim")
     if kind == "linear":
         return Linear(features, dim, config["tokens"])
     if kind == "mlp":
         return MLP(features, dim)
     if kind == "resampler":
-        return Resampler(features, dim, *(config[name] for name in ("tokens", "depth", "heads", "head_dim")))
+        return Resampler(features, dim, *(config[name] for name in sizes))
+    if kind == "video":
+        return Video(features, dim, *(config[name] for name in (*sizes, "frames", "grid")))
     raise MahlstickError(f"projector must be one of {', '.join(PROJECTORS)}; got {kind!r}.")

@@ -51,7 +51,7 @@ def clip(unet: UNet2DConditionModel, units: Sequence[Unit], clock: Clock, pipe: 
     """As :func:`attach`, for a run that ``clock`` tells of; ``pipe`` is asked for an image encoder."""
     for unit in units:
         if not isinstance(unit, Unit):
-            raise MahlstickError(f"attach takes units (Control, ImagePrompt, Motion); got {type(unit).__name__}.")
+            raise MahlstickError(f"attach takes units (Control, ImagePrompt, Motion, …); got {type(unit).__name__}.")
     attachments = [unit.prepare(unet, clock, pipe) for unit in units]
     attached = Attached(attachments)
     try:

@@ -30,6 +30,7 @@ from mahlstick.pipelines.request import (
     ControlSpec,
     ImagePromptSpec,
     Request,
+    VideoRequest,
     decoded,
     open_mask,
     open_picture,
@@ -129,7 +130,7 @@ def generate(
     resolved = _fit_pictures(_resolve(opened, worker))
     schedulers.check_steps(schedulers.build(resolved.scheduler, worker.scheduler), resolved.steps)
     made_by = recipe.describe(resolved, worker._execution_device.type, worker.dtype)
-    with _prepared(worker, resolved, progress), _attached(resolved, worker, loader):
+    with prepared(worker, resolved, progress), _attached(resolved, worker, loader):
         images = _run(worker, resolved, callback)
     return Result(images, made_by)
 
@@ -274,17 +275,29 @@ def _resolve(request: Request, pipe: Any) -> Request:
     if pipe.unet.config.in_channels == 9 and request.task != "inpaint":
         raise MahlstickError(f"base: {request.base} is an inpainting model; give init and mask, or another base")
     update: dict[str, Any] = {"strength": request.effective_strength}
-    if request.guidance is None:
-        default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-        update["guidance"] = EMBEDDED_GUIDANCE if request.base == "embedded" else default
+    update["guidance"] = guidance(request, pipe)
     if request.seeds is None:
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         update |= {"seed": None, "seeds": [(first + i) % (SEED_LIMIT + 1) for i in range(request.images)]}
     if request.init is None and request.width is None:
-        sample = pipe.unet.config.sample_size
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        update |= {"width": width * pipe.vae_scale_factor, "height": height * pipe.vae_scale_factor}
+        width, height = own_size(pipe)
+        update |= {"width": width, "height": height}
     return request.model_copy(update=update)
+
+
+def guidance(request: Request | VideoRequest, pipe: Any) -> float:
+    """The request's guidance; left open, that of the embedded model's card, or diffusers' default."""
+    if request.guidance is not None:
+        return request.guidance
+    default: float = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return EMBEDDED_GUIDANCE if request.base == "embedded" else default
+
+
+def own_size(pipe: Any) -> tuple[int, int]:
+    """Width and height that the base was trained for, in pixels."""
+    sample = pipe.unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
 
 
 def _size(request: Request) -> tuple[int, int]:
@@ -344,7 +357,7 @@ def _control(spec: ControlSpec, request: Request, pipe: Any, loader: Loader) -> 
 
         image = inpaint_condition(image.convert("RGB"), ImageOps.invert(image.getchannel("A")))
     return Control(
-        _adapter(spec, pipe, loader),
+        adapter_of(spec, pipe, loader),
         image,
         scale=spec.scale,
         start=spec.start,
@@ -357,7 +370,7 @@ def _control(spec: ControlSpec, request: Request, pipe: Any, loader: Loader) -> 
 
 def _image_prompt(spec: ImagePromptSpec, request: Request, pipe: Any, loader: Loader) -> ImagePrompt:
     return ImagePrompt(
-        _adapter(spec, pipe, loader),
+        adapter_of(spec, pipe, loader),
         [spec.images],  # one group, so that no list is taken for one reference a picture
         scale=spec.scale,
         start=spec.start,
@@ -370,7 +383,7 @@ def _image_prompt(spec: ImagePromptSpec, request: Request, pipe: Any, loader: Lo
     )
 
 
-def _adapter(spec: ControlSpec | ImagePromptSpec, pipe: Any, loader: Loader) -> Any:
+def adapter_of(spec: ControlSpec | ImagePromptSpec, pipe: Any, loader: Loader) -> Any:
     """``image_encoder`` is None where the adapter or the pipeline brings its own."""
     if not isinstance(spec.adapter, str):
         return spec.adapter
@@ -387,7 +400,7 @@ def _unit_mask(picture: Image.Image | None, request: Request, pipe: Any) -> Imag
 
 
 @contextmanager
-def _prepared(pipe: Any, request: Request, progress: bool) -> Iterator[None]:
+def prepared(pipe: Any, request: Request | VideoRequest, progress: bool) -> Iterator[None]:
     """``pipe`` with a fresh scheduler and our progress bar, and as it was afterwards."""
     before = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
     pipe.scheduler = schedulers.build(request.scheduler, pipe.scheduler)
@@ -437,13 +450,17 @@ def _padded(picture: Image.Image, factor: int) -> Image.Image:
     return Image.fromarray(np.pad(pixels, [(0, below), (0, right)] + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
 
 
+def broken(base: str, dtype: torch.dtype) -> MahlstickError:
+    """What to say of pictures that hold NaN."""
+    return MahlstickError(
+        f"base: {base} gave NaN pictures; its weights are broken, or {dtype} is too narrow for them (use float32)"
+    )
+
+
 def _pictures(pipe: Any, pixels: np.ndarray[Any, Any], request: Request) -> list[Image.Image]:
     """(n, height, width, 3) in [0, 1] -> pictures of the wanted size, those of inpainting laid over what was there."""
     if not np.isfinite(pixels).all():
-        raise MahlstickError(
-            f"base: {request.base} gave NaN pictures; its weights are broken, or {pipe.dtype} is too narrow for them"
-            " (use float32)"
-        )
+        raise broken(request.base, pipe.dtype)
     images: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
     if request.init is not None:
         images = [image.crop((0, 0, *request.init.size)) for image in images]

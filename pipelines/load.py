@@ -49,11 +49,13 @@ def embedded_folder() -> Path:
 
 def embedded_adapters() -> dict[str, Path]:
     """The adapters that come with the embedded model, by name: the folders ``controlnet-NAME``, or
-    ``controlnet-NAME+NAME`` for one net that knows several controls, and ``ip-adapter`` or what begins with it."""
+    ``controlnet-NAME+NAME`` for one net that knows several controls, ``ip-adapter`` or what begins with it, and
+    ``motion``."""
     folder = Path(str(files("mahlstick.assets"))) / "embedded"
     nets = sorted(folder.glob("controlnet-*"))
     found = {name: path for path in nets for name in path.name.removeprefix("controlnet-").split("+")}
-    return found | {path.name: path for path in sorted(folder.glob("ip-adapter*"))}
+    others = [*folder.glob("ip-adapter*"), *folder.glob("motion*")]
+    return found | {path.name: path for path in sorted(others)}
 
 
 def choose_device(device: str | None = None) -> str:

@@ -89,6 +89,18 @@ def encode(pipe: Any, prompt: str, negative_prompt: str | None, guided: bool) ->
     return arguments | dict(zip(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled, strict=False))
 
 
+def embeddings(pipe: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The texts' embeddings (n, length, dim), all of one length, and for SDXL the pooled ones (n, dim)."""
+    with torch.no_grad():
+        if all(is_plain(pipe, text) for text in texts):
+            found = pipe.encode_prompt(
+                texts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            return found[0], found[2] if len(found) > 2 else None
+        embeds, pooled = _encode_texts(pipe, texts)
+    return torch.cat(embeds), torch.cat(pooled) if pooled else None
+
+
 def _encode_texts(pipe: Any, texts: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     from compel import Compel, DiffusersTextualInversionManager, ReturnedEmbeddingsType
 

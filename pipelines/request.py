@@ -20,6 +20,7 @@ from mahlstick.errors import MahlstickError
 from mahlstick.pictures import load_mask, load_picture
 
 SIDE_LIMIT = 8192  # pixels
+FRAME_LIMIT = 8192  # of a clip: at 8 frames a second a quarter of an hour
 SEED_LIMIT = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 _DATA_URL = "data:image/png;base64,"
 
@@ -217,18 +218,15 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     return fields
 
 
-class Request(Spec):
-    """What to make. Every field has a default but the prompt, and ``generate`` fills in what was left open."""
+class _Making(Spec):
+    """What pictures and clips have in common."""
 
     version: Literal[1] = 1
     prompt: str = Field(max_length=20_000)
     negative_prompt: str = Field("", max_length=20_000)
     base: str = Field("embedded", min_length=1, description="'embedded', a folder, a hub id or a .safetensors file")
     base_config: str | None = Field(None, description="folder or hub id with the configs of a single-file base")
-    seed: Seed | None = Field(None, description="picture i is made from seed + i; left open, one is drawn")
-    seeds: list[Seed] | None = Field(None, min_length=1, max_length=10_000, description="one per picture")
-    images: int = Field(1, ge=1, le=10_000, description="how many pictures")
-    batch: int = Field(1, ge=1, le=256, description="how many go through the model together")
+    seed: Seed | None = Field(None, description="of several pictures the next has seed + 1; left open, one is drawn")
     steps: int = Field(20, ge=1, le=1000)
     guidance: float | None = Field(
         None,
@@ -239,44 +237,16 @@ class Request(Spec):
     width: Side | None = None
     height: Side | None = None
     scheduler: str | None = Field(None, description="a short or diffusers' name; left open, the base model's own")
-    init: Picture | None = Field(None, description="image-to-image: the picture to start from")
     strength: float | None = Field(
         None, gt=0.0, le=1.0, description="how much of init is repainted; left open, 0.8, and 1 when inpainting"
     )
-    mask: Mask | None = Field(None, description="inpainting: white is repainted, black stays byte for byte")
-    controls: list[ControlSpec] = Field(default_factory=list, max_length=32)
     image_prompts: list[ImagePromptSpec] = Field(default_factory=list, max_length=32)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _count(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and "images" not in fields and isinstance(fields.get("seeds"), list):
-            return {**fields, "images": max(len(fields["seeds"]), 1)}
-        return fields
-
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.seeds is not None and self.seed is not None:
-            raise ValueError("seed and seeds are both given; keep one")
-        if self.seeds is not None and len(self.seeds) != self.images:
-            raise ValueError(f"seeds: {len(self.seeds)} seeds for {self.images} images; give one each")
-        if self.mask is not None and self.init is None:
-            raise ValueError("mask: inpainting needs init, the picture to repaint")
-        strength = self.effective_strength
-        if self.init is not None and int(self.steps * strength) < 1:
-            raise ValueError(f"strength: {strength:g} of {self.steps} steps leaves no step; raise strength or steps")
+    def _both_sides(self) -> Self:
         if (self.width is None) != (self.height is None):
             raise ValueError("width and height: give both or neither")
         return self
-
-    @property
-    def task(self) -> Literal["text", "img2img", "inpaint"]:
-        return "text" if self.init is None else "img2img" if self.mask is None else "inpaint"
-
-    @property
-    def effective_strength(self) -> float:
-        """``strength``, or what it is when left open."""
-        return self.strength if self.strength is not None else 1.0 if self.mask is not None else 0.8
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -300,3 +270,114 @@ class Request(Spec):
         finally:
             part.unlink(missing_ok=True)
         return target
+
+
+class Request(_Making):
+    """What to make. Every field has a default but the prompt, and ``generate`` fills in what was left open."""
+
+    seeds: list[Seed] | None = Field(None, min_length=1, max_length=10_000, description="one per picture")
+    images: int = Field(1, ge=1, le=10_000, description="how many pictures")
+    batch: int = Field(1, ge=1, le=256, description="how many go through the model together")
+    init: Picture | None = Field(None, description="image-to-image: the picture to start from")
+    mask: Mask | None = Field(None, description="inpainting: white is repainted, black stays byte for byte")
+    controls: list[ControlSpec] = Field(default_factory=list, max_length=32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "images" not in fields and isinstance(fields.get("seeds"), list):
+            return {**fields, "images": max(len(fields["seeds"]), 1)}
+        return fields
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.seeds is not None and self.seed is not None:
+            raise ValueError("seed and seeds are both given; keep one")
+        if self.seeds is not None and len(self.seeds) != self.images:
+            raise ValueError(f"seeds: {len(self.seeds)} seeds for {self.images} images; give one each")
+        if self.mask is not None and self.init is None:
+            raise ValueError("mask: inpainting needs init, the picture to repaint")
+        strength = self.effective_strength
+        if self.init is not None and int(self.steps * strength) < 1:
+            raise ValueError(f"strength: {strength:g} of {self.steps} steps leaves no step; raise strength or steps")
+        return self
+
+    @property
+    def task(self) -> Literal["text", "img2img", "inpaint"]:
+        return "text" if self.init is None else "img2img" if self.mask is None else "inpaint"
+
+    @property
+    def effective_strength(self) -> float:
+        """``strength``, or what it is when left open."""
+        return self.strength if self.strength is not None else 1.0 if self.mask is not None else 0.8
+
+
+class ClipControlSpec(ControlSpec):
+    """A control net and what it follows: a video, a picture for all frames, or a list with one for each."""
+
+    image: list[Picture] | Picture = Field(description="a video, a folder of frames, a picture, or a picture a frame")
+
+
+class MotionLora(Spec):
+    """A LoRA of a motion module, such as a camera's movement."""
+
+    path: str = Field(min_length=1)
+    scale: Scale = 1.0
+
+
+class VideoRequest(_Making):
+    """The clip to make. Every field has a default but the prompt, and ``animate`` fills in what was left open."""
+
+    frames: int | None = Field(
+        None, ge=2, le=FRAME_LIMIT, description="left open, those of init or of a control video, else 16"
+    )
+    fps: float | None = Field(
+        None, gt=0, le=240, description="frames a second; left open, those of init or of a control video, else 8"
+    )
+    prompts: dict[int, str] = Field(
+        default_factory=dict, max_length=1000, description="from these frames on other prompts, and mixtures between"
+    )
+    init: str | None = Field(None, min_length=1, description="video to video: the video or folder of frames")
+    audio: str | None = Field(None, min_length=1, description="a file whose sound is kept; left open, init's")
+    controls: list[ClipControlSpec] = Field(default_factory=list, max_length=32)
+    motion: AdapterSource = Field(
+        "motion", description="path or hub id of the motion module; left open, the embedded one"
+    )
+    motion_scale: Scale = Field(1.0, description="how strongly the frames mix")
+    motion_loras: list[MotionLora] = Field(default_factory=list, max_length=32)
+    norm: Literal["frame", "clip"] | None = Field(None, description="left open, what the module's file implies")
+    context: int | None = Field(None, ge=2, description="frames of a window over a long clip; left open, 16")
+    overlap: int | None = Field(None, ge=0, description="frames that two windows share; left open, a quarter")
+    schedule: Literal["uniform", "static", "looped"] = "uniform"
+    extend: Literal["none", "interpolate", "ntk", "repeat"] = Field(
+        "none", description="stretch the module's positions over a long clip in place of windows"
+    )
+    free_noise: bool | None = Field(
+        None, description="begin all windows from the same noise, shuffled; left open, where there are windows"
+    )
+    free_init: int = Field(0, ge=0, le=10, description="passes more, each from the last one's slow part")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.frames is not None:
+            self.check_prompts(self.frames)
+        if self.strength is not None and self.init is None:
+            raise ValueError("strength: tells how much of init is repainted; give init, or leave it out")
+        if self.init is not None and self.free_init:
+            raise ValueError("free_init: is for clips from words alone; leave it out, or init")
+        if int(self.steps * self.effective_strength) < 1:
+            raise ValueError(
+                f"strength: {self.effective_strength:g} of {self.steps} steps leaves no step; raise strength or steps"
+            )
+        return self
+
+    def check_prompts(self, frames: int) -> None:
+        """Raise ``ValueError`` where a prompt begins outside of the clip."""
+        outside = [frame for frame in self.prompts if not 0 <= frame < frames]
+        if outside:
+            raise ValueError(f"prompts: frame {outside[0]} is none of the clip's, which are 0 to {frames - 1}")
+
+    @property
+    def effective_strength(self) -> float:
+        """``strength``, or what it is when left open."""
+        return self.strength if self.strength is not None else 0.8 if self.init is not None else 1.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,12 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from mahlstick import pictures
-from mahlstick.adapters.base import Attachment, Clock, Window
-from mahlstick.adapters.controlnet import ControlAttachment, ControlNet, Mode
+from mahlstick.adapters.base import Attachment, Clock, Excerpt, Window
+from mahlstick.adapters.context import Schedule
+from mahlstick.adapters.controlnet import ControlAttachment, ControlNet, Mode, shown
 from mahlstick.adapters.ip_adapter import Blocks, ImageAttachment, IPAdapter
 from mahlstick.adapters.motion import MotionAdapter, MotionAttachment, Norm
-from mahlstick.adapters.positions import Extension
+from mahlstick.adapters.positions import Extension, sample_sparsely
+from mahlstick.adapters.travel import TextAttachment
 from mahlstick.errors import MahlstickError
+from mahlstick.pipelines.prompts import embeddings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -82,7 +86,8 @@ class ImagePrompt(Unit):
 
     ``images``: one reference; a list as long as the batch (one each); any other list (all of them for every picture);
     or a list of lists (for each picture of the batch its own). ``features`` is the encoder's output instead of
-    pictures, pooled ``(n, feature_dim)`` or per patch ``(n, length, feature_dim)``.
+    pictures, pooled ``(n, feature_dim)`` or per patch ``(n, length, feature_dim)``. An adapter with a video projector
+    takes ``video`` in their place: a sequence of frames, of which it sees some, evenly spaced.
     ``negative``, ``negative_features``: what the unconditional half sees; without them no picture.
     ``resize``: what becomes of a reference that is not square: its middle (crop, as the encoders' own preparation
     does), all of it with a margin (pad) or out of shape (stretch).
@@ -102,6 +107,7 @@ class ImagePrompt(Unit):
     negative_features: Tensor | None = None
     resize: pictures.ResizeMode = "crop"
     window: Literal["steps", "noise"] = "steps"
+    video: Sequence[PictureLike] | None = None
 
     def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> ImageAttachment:
         if not isinstance(self.adapter, IPAdapter):
@@ -120,12 +126,21 @@ class ImagePrompt(Unit):
     def _tokens(self, pipe: DiffusionPipeline | None) -> tuple[_References, _References]:
         encoder = (getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None))
         groups = [1]
-        if (self.images is None) == (self.features is None):
-            raise MahlstickError("ImagePrompt needs either images= or features=.")
+        if sum(given is not None for given in (self.images, self.video, self.features)) != 1:
+            raise MahlstickError("ImagePrompt needs either images=, video= or features=.")
+        if self.features is None and (self.video is not None) != (self.adapter.config["projector"] == "video"):
+            raise MahlstickError(
+                "an adapter with a video projector takes video=, every other one images=; this one's is "
+                f"{self.adapter.config['projector']}."
+            )
         if self.features is not None:
             features, nothing = self.features, torch.zeros_like(self.features[:1])
             if not bool(torch.isfinite(features).all()):
                 raise MahlstickError("features hold NaN or infinity; give the image encoder's output.")
+        elif self.video is not None:
+            seen = sample_sparsely(len(self.video), self.adapter.config["frames"])
+            frames = _flat([self.video[place] for place in seen], "frame")
+            features, nothing = self.adapter.features([self._square(frame) for frame in frames], encoder)
         else:
             references, groups = _grouped(self.images)
             features, nothing = self.adapter.features([self._square(r) for r in references], encoder)
@@ -146,8 +161,11 @@ class Motion(Unit):
     """A motion module: the pictures that one prompt makes in a call are the frames of a clip.
 
     ``frames``: of a clip, left out all of the call's; give it with several prompts. ``scale``: how strongly the frames
-    mix. ``norm``: ``frame`` or ``clip``, left out as the module's file implies. ``extend``: what becomes of the
-    positions where there are more frames than were trained (``interpolate``, ``ntk``, ``repeat``; ``none`` refuses).
+    mix. ``norm``: ``frame`` or ``clip``, left out as the module's file implies.
+    A longer clip than the module's positions tell apart is made in windows of ``context`` frames (left out, 16), of
+    which ``overlap`` are the next one's too (left out, a quarter); ``schedule``: ``uniform``, ``static`` or ``looped``
+    (the end flows into the beginning). Or ``extend`` stretches the positions over all of it: ``interpolate``, ``ntk``
+    or ``repeat``.
     ``mask``: white where it moves.
     """
 
@@ -157,6 +175,9 @@ class Motion(Unit):
     start: float = 0.0
     end: float = 1.0
     norm: Norm | None = None
+    context: int | None = None
+    overlap: int | None = None
+    schedule: Schedule = "uniform"
     extend: Extension = "none"
     mask: PictureLike | None = None
     window: Literal["steps", "noise"] = "steps"
@@ -166,12 +187,51 @@ class Motion(Unit):
             raise MahlstickError(f"Motion takes a MotionAdapter; got {type(self.module).__name__}.")
         window = Window(self.start, self.end, self.window)
         return MotionAttachment(
-            self.module, unet, self.frames, self.scale, self.norm, self.extend, as_mask(self.mask), window, clock
+            self.module,
+            unet,
+            self.frames,
+            self.scale,
+            self.norm,
+            self.extend,
+            self.context,
+            self.overlap,
+            self.schedule,
+            as_mask(self.mask),
+            window,
+            clock,
         )
 
 
+@dataclass(eq=False)
+class PromptTravel(Unit):
+    """Prompts that change over a clip: each is the text of its frame, and frames between two have the mixture of both.
+
+    ``prompts``: by the number of the frame, counted from 0; ``(word:1.2)`` weighs here too. They stand in place of the
+    pipeline's own prompt, whose negative stays. ``frames``: of a clip, left out all of the call's.
+    """
+
+    prompts: Mapping[int, str]
+    frames: int | None = None
+
+    def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> TextAttachment:
+        if pipe is None:
+            raise MahlstickError("PromptTravel needs the text encoder: attach it to the pipeline, not to its UNet.")
+        if not self.prompts:
+            raise MahlstickError("PromptTravel has no prompts: give them by frame, e.g. {0: 'spring', 32: 'winter'}.")
+        for frame in self.prompts:
+            if not isinstance(frame, int) or not 0 <= frame < (self.frames or sys.maxsize):
+                length = f"; the clip has {self.frames} frames" if self.frames else ""
+                raise MahlstickError(f"prompts: frame {frame!r} must be a whole number from 0 on{length}.")
+        keys = sorted(self.prompts)
+        text, pooled = embeddings(pipe, [self.prompts[frame] for frame in keys])
+        return TextAttachment(unet, keys, text, pooled, self.frames, clock)
+
+
 class _Resized:
-    """Control pictures at whatever size is made: ``(height, width)`` to ``(n, 3, height, width)``."""
+    """Control pictures at whatever size is made: ``(height, width)`` to ``(n, 3, height, width)``.
+
+    A sequence that is no list, as that of a video's frames, is left where it is and read as its pictures are seen.
+    """
 
     def __init__(self, image: Any, mode: pictures.ResizeMode) -> None:
         self.mode = mode
@@ -180,22 +240,27 @@ class _Resized:
         if isinstance(image, (list, tuple)) and image and all(isinstance(one, Tensor) for one in image):
             image = torch.cat([_checked(one) for one in image])
         self.tensor = _checked(image) if isinstance(image, Tensor) else None
-        self.pictures = [] if self.tensor is not None else _flat(image, "control picture")
+        lazy = isinstance(image, Sequence) and not isinstance(image, (str, list, tuple)) and len(image)
+        given = [] if self.tensor is not None else image if lazy else _flat(image, "control picture")
+        self.pictures: Sequence[Image.Image] = given
 
-    def __call__(self, height: int, width: int) -> Tensor:
-        return self.tensor if self.tensor is not None else self._resized(height, width)
+    def __call__(self, height: int, width: int, excerpt: Excerpt | None) -> Tensor:
+        return shown(self.tensor, excerpt) if self.tensor is not None else self._resized(height, width, excerpt)
 
     # A compiled UNet asks once, and there is nothing to compile in Pillow.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _resized(self, height: int, width: int) -> Tensor:
-        for picture in self.pictures:
+    def _resized(self, height: int, width: int, excerpt: Excerpt | None) -> Tensor:
+        count = len(self.pictures)
+        places = range(count) if excerpt is None or count == 1 else excerpt.of(count)
+        seen = [self.pictures[place] for place in places]
+        for picture in seen:
             if self.mode == "stretch" and pictures.aspect_differs(picture, (width, height)):
                 warnings.warn(
                     f"a control picture of {picture.width}x{picture.height} is stretched to {width}x{height}; "
                     "resize='crop' or 'pad' keeps its proportions",
                     stacklevel=2,
                 )
-        sized = [pictures.resize(picture, (width, height), self.mode) for picture in self.pictures]
+        sized = [pictures.resize(picture, (width, height), self.mode) for picture in seen]
         return torch.stack([_to_tensor(picture) for picture in sized])
 
 

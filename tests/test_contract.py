@@ -40,14 +40,18 @@ def control_of(net: Any, batch: int = 1, **options: Any) -> ms.Control:
     return ms.Control(net, torch.rand(batch, 3, tiny.SIZE, tiny.SIZE), **options)
 
 
+def features_of(adapter: Any, batch: int) -> Tensor:
+    inner = {"linear": (), "video": (3, 5)}.get(adapter.config["projector"], (5,))
+    return torch.randn(batch, *inner, tiny.WIDTH)
+
+
 def image_prompt_of(adapter: Any, batch: int = 1, **options: Any) -> ms.ImagePrompt:
     torch.manual_seed(9)
-    shape = (batch, tiny.WIDTH) if adapter.image_proj.pooled else (batch, 5, tiny.WIDTH)
-    return ms.ImagePrompt(adapter, features=torch.randn(shape), **options)
+    return ms.ImagePrompt(adapter, features=features_of(adapter, batch), **options)
 
 
 def fresh_ip(projector: str) -> Callable[[Any], ms.IPAdapter]:
-    sizes = {"depth": 1, "heads": 2, "head_dim": 8} if projector == "resampler" else {}
+    sizes = {"depth": 1, "heads": 2, "head_dim": 8, "frames": 3, "grid": 2}
 
     def build(unet: Any) -> ms.IPAdapter:
         return ms.IPAdapter.from_unet(unet, projector, tokens=4, feature_dim=tiny.WIDTH, **sizes)  # type: ignore[arg-type]
@@ -69,7 +73,7 @@ def motion_of(module: Any, batch: int = 1, **options: Any) -> ms.Motion:
 
 SUBJECTS = [
     Subject("controlnet", fresh_net, control_of, {}),
-    *(Subject(p, fresh_ip(p), image_prompt_of, {"scale": 0.0}) for p in ("linear", "resampler", "mlp")),
+    *(Subject(p, fresh_ip(p), image_prompt_of, {"scale": 0.0}) for p in ("linear", "resampler", "mlp", "video")),
     Subject("motion", fresh_motion, motion_of, {}),
 ]
 CASES = [(subject, family) for subject in SUBJECTS for family in tiny.FAMILIES]
@@ -291,8 +295,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(subject: Subject, family: 
     elif subject.kind == "motion":
         attached = adapter.attach(unet)
     else:
-        shape = (2, tiny.WIDTH) if adapter.image_proj.pooled else (2, 5, tiny.WIDTH)
-        attached = adapter.attach(unet, adapter.tokens(torch.randn(shape)))
+        attached = adapter.attach(unet, adapter.tokens(features_of(adapter, 2)))
     with attached:
         for _ in range(2):  # nothing of the first graph may be cached for the second
             adapter.zero_grad()

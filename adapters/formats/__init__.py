@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mahlstick.adapters.formats import controlnet, motion
+from mahlstick.adapters.formats import controlnet, motion, motion_lora
 from mahlstick.adapters.formats.bases import base_by_widths, base_of, cross_attention_widths, require_fit
 from mahlstick.adapters.formats.checkpoint import (
     METADATA_KEY,
@@ -30,7 +30,7 @@ from mahlstick.adapters.formats.checkpoint import (
 from mahlstick.adapters.formats.layouts import KINDS, Kind, Layout, recognise
 from mahlstick.errors import MahlstickError
 
-__all__ = ["Info", "check_heads", "cross_attention_widths", "inspect", "read", "require_fit", "write"]
+__all__ = ["Info", "check_heads", "cross_attention_widths", "inspect", "read", "read_motion_lora", "require_fit", "write"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,19 @@ def read(
         if layout.name == "original difference":
             state_dict = controlnet.add_base(state_dict, base)
     return whole, state_dict
+
+
+def read_motion_lora(path: str | os.PathLike[str]) -> dict[str, motion_lora.Change]:
+    """The changes in a motion LoRA's file, by the name of the weight in diffusers' MotionAdapter.
+
+    Raises MahlstickError for another kind, for keys that are no pairs, and for all that ``inspect`` raises.
+    """
+    checkpoint = open_checkpoint(path)
+    layout = _recognise(checkpoint, ["motion_adapter"])
+    if layout.kind != "motion_lora":
+        raise MahlstickError(f"{path} is {layout.title}, not a motion LoRA: {layout.way_out}.")
+    with _naming(checkpoint):
+        return motion_lora.changes(checkpoint.load(checkpoint.tensors), checkpoint.metadata)
 
 
 def write(

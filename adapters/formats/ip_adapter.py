@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,9 @@ from mahlstick.errors import MahlstickError
 
 # Published resamplers have heads of 64 channels; the file cannot tell.
 _HEAD_WIDTH = 64
+# A video projector's table of positions has a row for every patch of every frame; the file cannot tell one from the
+# other. Eight frames are usual.
+_FRAMES = 8
 # The published MLP projector ("full") takes all hidden states of a ViT-H/14: 256 patches and the class token.
 _MLP_TOKENS = 257
 
@@ -105,11 +109,16 @@ def _below(tensors: Mapping[str, Tensor], prefix: str, instead: str) -> dict[str
     return {instead + name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+# Fields in which the shapes have their say, whatever is given.
+_READ_OFF = ("heads", "head_dim", "layers", "frames", "grid")
+
+
 def config_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter's config from the shapes of its tensors, under the original's flat keys, and from what is given.
 
     A resampler's ``heads`` and ``head_dim`` are None where its width is no multiple of the published heads' and
-    neither is given. Raises MahlstickError if the projector is none that we know.
+    neither is given; so are a video projector's, and its ``frames`` and ``grid`` where the rows of its table make no
+    square frames. Raises MahlstickError if the projector is none that we know.
     """
     found = re.compile(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
     hidden = {match[1]: value.shape[0] for name, value in tensors.items() if (match := found.fullmatch(name))}
@@ -117,7 +126,7 @@ def config_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[s
         raise MahlstickError("it lacks the attention weights ip_adapter.1.to_k_ip.weight and following")
     shapes = {name.removeprefix("image_proj."): tuple(value.shape) for name, value in tensors.items()}
     config = _projector_of(shapes, given) | {"layers": {index: hidden[index] for index in sorted(hidden, key=int)}}
-    return config | {name: value for name, value in given.items() if name not in ("heads", "head_dim", "layers")}
+    return config | {name: value for name, value in given.items() if name not in _READ_OFF}
 
 
 def _projector_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,36 +140,63 @@ def _projector_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any
             return {"projector": "mlp", "tokens": _MLP_TOKENS, "feature_dim": features, "cross_attention_dim": cross}
         if "latents" in shapes:
             return _resampler_of(shapes, given)
+        if "pool.latents" in shapes:
+            return _video_of(shapes, given)
     except KeyError as error:
         raise MahlstickError(f"its projector lacks image_proj.{error.args[0]}") from error
+    except IndexError as error:
+        raise MahlstickError("its projector has weights of too few dimensions") from error
     raise MahlstickError(
-        "its projector is none of linear (image_proj.proj.weight), resampler (image_proj.latents) and mlp "
-        "(image_proj.proj.3.weight)"
+        "its projector is none of linear (image_proj.proj.weight), resampler (image_proj.latents), mlp "
+        "(image_proj.proj.3.weight) and video (image_proj.pool.latents)"
     )
 
 
 def _resampler_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
-    inner = shapes["layers.0.0.to_q.weight"][0]
-    head_dim = given.get("head_dim") or (None if inner % _HEAD_WIDTH else _HEAD_WIDTH)
-    heads = given.get("heads") or (inner // head_dim if head_dim else None)
     return {
         "projector": "resampler",
         "tokens": shapes["latents"][1],
         "feature_dim": shapes["proj_in.weight"][1],
         "cross_attention_dim": shapes["proj_out.weight"][0],
-        "heads": heads,
         "depth": len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
-        "head_dim": inner // heads if heads else None,
+        **_heads_of(shapes["layers.0.0.to_q.weight"][0], given),
+    }
+
+
+def _heads_of(inner: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    head_dim = given.get("head_dim") or (None if inner % _HEAD_WIDTH else _HEAD_WIDTH)
+    heads = given.get("heads") or (inner // head_dim if head_dim else None)
+    return {"heads": heads, "head_dim": inner // heads if heads else None}
+
+
+def _video_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    frames, rows = given.get("frames", _FRAMES), shapes["positions"][1] - 1
+    grid = math.isqrt(rows // frames) if isinstance(frames, int) and 0 < frames <= rows else 0
+    known = grid > 0 and frames * grid**2 == rows
+    return {
+        "projector": "video",
+        "tokens": shapes["pool.latents"][1],
+        "feature_dim": shapes["proj_in.weight"][1],
+        "cross_attention_dim": shapes["pool.proj_out.weight"][0],
+        "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        **_heads_of(shapes["proj_in.weight"][0], given),
+        "frames": frames if known else None,
+        "grid": grid if known else None,
     }
 
 
 def check_heads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise MahlstickError unless a resampler's heads are known and divide its width."""
-    if config["projector"] != "resampler":
+    """Raise MahlstickError unless the heads of a resampler or video projector are known and divide its width, and so
+    a video projector's frames and the rows of its table."""
+    if config["projector"] not in ("resampler", "video"):
         return
-    width = tensors["image_proj.layers.0.0.to_q.weight"].shape[0]
+    width = tensors["image_proj.proj_in.weight"].shape[0]
     if not config["heads"] or config["heads"] * config["head_dim"] != width:
-        raise MahlstickError(f"the file cannot tell the heads of its resampler ({width} channels): give heads=")
+        raise MahlstickError(
+            f"the file cannot tell the heads of its {config['projector']} projector ({width} channels): give heads="
+        )
+    if config["projector"] == "video" and config["frames"] is None:
+        raise MahlstickError("the file cannot tell for how many frames its positions are: give frames=")
 
 
 def expected(config: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -213,4 +249,18 @@ def _resampler(config: Mapping[str, Any]) -> _Shapes:
     return shapes
 
 
-_PROJECTORS = {"linear": _linear_projector, "mlp": _mlp_projector, "resampler": _resampler}
+def _video(config: Mapping[str, Any]) -> _Shapes:
+    width = config["heads"] * config["head_dim"]
+    shapes: _Shapes = _linear("proj_in", config["feature_dim"], width) | {"class_token": (1, 1, width)}
+    shapes["positions"] = (1, 1 + config["frames"] * config["grid"] ** 2, width)
+    for layer in range(config["depth"]):
+        block = f"blocks.{layer}"
+        shapes |= _layer_norm(f"{block}.norm1", width) | _layer_norm(f"{block}.norm3", width)
+        shapes |= {f"{block}.attn1.to_{name}.weight": (width, width) for name in "qkv"}
+        shapes |= _linear(f"{block}.attn1.to_out.0", width, width)
+        shapes |= _linear(f"{block}.ff.net.0.proj", width, 4 * width) | _linear(f"{block}.ff.net.2", 4 * width, width)
+    pool = _resampler({**config, "feature_dim": width, "depth": 1})
+    return shapes | {f"pool.{name}": shape for name, shape in pool.items()}
+
+
+_PROJECTORS = {"linear": _linear_projector, "mlp": _mlp_projector, "resampler": _resampler, "video": _video}

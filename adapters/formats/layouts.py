@@ -91,6 +91,7 @@ _NO_UNET = "it is not made for a UNet of Stable Diffusion, load it with diffuser
 _NOT_YET = "this kind is not supported"
 _CONTROLNET = "load it with ControlNet.from_pretrained"
 _MOTION = "load it with MotionAdapter.from_pretrained"
+_MOTION_LORA = ("a motion LoRA", "merge it into a motion module with module.with_lora(path)")
 _IP_ADAPTER = "load it with IPAdapter.from_pretrained"
 
 # The first match counts, so what holds another's keys and more stands before it.
@@ -140,7 +141,8 @@ LAYOUTS = (
         "an IP-Adapter of a transformer (Flux)",
         _NO_UNET,
     ),
-    Layout("motion_lora", "original", (r"motion_modules", r"lora"), "a motion LoRA", _NOT_YET),
+    Layout("motion_lora", "original", (r"motion_modules\..*\.temporal_transformer\..*lora",), *_MOTION_LORA),
+    Layout("motion_lora", "diffusers", (r"motion_modules.*lora|lora.*motion_modules",), *_MOTION_LORA),
     Layout("pia", "original", (r"motion_modules", r"^conv_in\."), "a PIA motion module", _NOT_YET),
     Layout(
         "unet_motion",
@@ -167,6 +169,14 @@ LAYOUTS = (
         _MOTION,
         dict,
         keep=r".*motion_modules\.",
+    ),
+    # diffusers' load_lora_weights passes over these names without an error.
+    Layout(
+        "lora",
+        "processors",
+        (r"^(down_blocks|up_blocks|mid_block)\..*\.processor\.\w+_lora\.",),
+        "a LoRA of a UNet (such as AnimateDiff's domain adapter)",
+        "load its weights with pipe.unet.load_lora_adapter(weights, prefix=None)",
     ),
     Layout(
         "lora",

@@ -28,6 +28,17 @@ _SECOND_TABLE = ".attention_blocks.1.pos_encoder."
 _PLACE = re.compile(r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.motion_modules\.\d+\.")
 
 
+def diffusers_name(name: str) -> str | None:
+    """AnimateDiff's name of a motion module's weight, after any prefix, as diffusers'; None for other weights."""
+    place = _PLACE.search(name)
+    if place is None:
+        return None
+    inside = name[place.start() :].replace(".temporal_transformer.", ".")
+    for theirs, ours in _ORIGINAL.items():
+        inside = inside.replace(f".{theirs}.", f".{ours}.")
+    return inside
+
+
 def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """AnimateDiff's names, after any prefix, to diffusers'.
 
@@ -36,10 +47,9 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed = {}
     for name, value in tensors.items():
-        place = _PLACE.search(name)
-        if place is None:
+        ours = diffusers_name(name)
+        if ours is None:
             raise MahlstickError(f"{name} is at no place of a UNet")
-        inside = name[place.start() :].replace(".temporal_transformer.", ".")
         if _SECOND_TABLE in name:
             first = tensors.get(name.replace(_SECOND_TABLE, ".attention_blocks.0.pos_encoder."))
             if first is None:
@@ -47,9 +57,7 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if not value.is_meta and not torch.equal(first, value):
                 raise MahlstickError(f"{name} differs from the first attention's table, which is not supported")
             continue
-        for theirs, ours in _ORIGINAL.items():
-            inside = inside.replace(f".{theirs}.", f".{ours}.")
-        renamed[inside] = value
+        renamed[ours] = value
     return renamed
 
 

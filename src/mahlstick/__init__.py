@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from mahlstick.adapters.ip_adapter import IPAdapter as IPAdapter
     from mahlstick.adapters.load import load_adapter as load_adapter
     from mahlstick.adapters.motion import MotionAdapter as MotionAdapter
+    from mahlstick.pipelines.animate import Animation as Animation
+    from mahlstick.pipelines.animate import animate as animate
     from mahlstick.pipelines.attach import attach as attach
     from mahlstick.pipelines.generate import Result as Result
     from mahlstick.pipelines.generate import generate as generate
     from mahlstick.pipelines.generate import replay as replay
     from mahlstick.pipelines.load import load_pipeline as load_pipeline
     from mahlstick.pipelines.request import Request as Request
+    from mahlstick.pipelines.request import VideoRequest as VideoRequest
     from mahlstick.pipelines.units import Control as Control
     from mahlstick.pipelines.units import ImagePrompt as ImagePrompt
     from mahlstick.pipelines.units import Motion as Motion
+    from mahlstick.pipelines.units import PromptTravel as PromptTravel
 
 __version__ = "0.1.0"
 
@@ -41,11 +45,15 @@ _HOMES = {
     "Control": "pipelines.units",
     "ImagePrompt": "pipelines.units",
     "Motion": "pipelines.units",
+    "PromptTravel": "pipelines.units",
     "attach": "pipelines.attach",
     "load_pipeline": "pipelines.load",
     "Request": "pipelines.request",
     "Result": "pipelines.generate",
     "generate": "pipelines.generate",
+    "VideoRequest": "pipelines.request",
+    "Animation": "pipelines.animate",
+    "animate": "pipelines.animate",
     "replay": "pipelines.generate",
 }
 
