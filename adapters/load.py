@@ -10,10 +10,12 @@ from mahlstick.adapters.controlnet import ControlNet
 from mahlstick.adapters.formats import inspect
 from mahlstick.adapters.ip_adapter import IPAdapter
 from mahlstick.adapters.motion import MotionAdapter
+from mahlstick.adapters.sparse_control import SparseControlNet
 from mahlstick.errors import MahlstickError
 
 _CLASSES: dict[str, type[Adapter]] = {
     "controlnet": ControlNet,
+    "sparse_controlnet": SparseControlNet,
     "ip_adapter": IPAdapter,
     "motion_adapter": MotionAdapter,
 }

@@ -73,7 +73,7 @@ class Table(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Two attentions along the frames and a feed-forward, each behind a normalisation."""
+    """Two attentions along the frames (SparseCtrl has one) and a feed-forward, each behind a normalisation."""
 
     def __init__(self, width: int, config: dict[str, Any]) -> None:
         from diffusers.models.attention import FeedForward
@@ -82,6 +82,9 @@ class TemporalBlock(nn.Module):
         heads, kind = config["motion_num_attention_heads"], config["positions"]
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.attn1, self.attn2 = TemporalAttention(width, heads), TemporalAttention(width, heads)
+        self.twice: bool = config.get("temporal_double_self_attention", True)
+        if not self.twice:
+            del self.norm2, self.attn2
         self.ff = FeedForward(width, activation_fn="geglu")
         if kind != "rotary":
             self.pos_embed = Table(width, config["motion_max_seq_length"], kind == "learned")
@@ -92,7 +95,8 @@ class TemporalBlock(nn.Module):
         places = torch.arange(frames, device=x.device) if rotary else None
         table = 0 if rotary else self.pos_embed(frames, extend).to(x)
         x = x + self.attn1(self.norm1(x) + table, places)
-        x = x + self.attn2(self.norm2(x) + table, places)
+        if self.twice:
+            x = x + self.attn2(self.norm2(x) + table, places)
         return cast(Tensor, x + self.ff(self.norm3(x)))
 
 

@@ -1,4 +1,4 @@
-"""Motion LoRA: what AnimateDiff's camera movements and their kin change in a motion module (2307.04725, section 4.3)."""
+"""Motion LoRA: low-rank changes of a motion module, such as a movement of the camera (2307.04725, section 4.3)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def merged(weights: Mapping[str, Tensor], path: str | PathLike[str], scale: floa
     strange = [change.key for name, change in changes.items() if name not in weights]
     if strange:
         raise MahlstickError(
-            f"{path}: {len(strange)} of its {len(changes)} changes apply to nothing in this motion module, {strange[0]} "
-            "first: use the module that it was made for."
+            f"{path}: {len(strange)} of its {len(changes)} changes apply to nothing in this motion module, "
+            f"{strange[0]} first: use the module that it was made for."
         )
     for name, change in changes.items():
         if change.shape != weights[name].shape:

@@ -572,16 +572,6 @@ FOREIGN: dict[str, tuple[str, Callable[[], State]]] = {
             **_DOWN,
         ),
     ),
-    "sparse": (
-        "sparse_ctrl",
-        state_of(
-            "SparseControlNetModel",
-            **_SMALL,
-            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            attention_head_dim=4,
-            motion_num_attention_heads=2,
-        ),
-    ),
     "flux controlnet": (
         "controlnet_transformer",
         state_of(

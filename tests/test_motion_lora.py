@@ -218,7 +218,10 @@ def test_files_that_do_not_apply_are_refused(module: ms.MotionAdapter, tmp_path:
         assert str(tmp_path / "lora") in str(caught.value) and "\n" not in str(caught.value)
 
     elsewhere = {name.replace("down_blocks.0", "down_blocks.7"): value for name, value in state.items()}
-    refused(elsewhere, r"lora: 16 of its 168 changes apply to nothing in this motion module, down_blocks\.7\.motion.* first:")
+    refused(
+        elsewhere,
+        r"lora: 16 of its 168 changes apply to nothing in this motion module, down_blocks\.7\.motion.* first:",
+    )
     nowhere = {name.replace("_blocks.", "_blocks.9"): value for name, value in state.items() if "mid" not in name}
     refused(nowhere, r"lora: 160 of its 160 changes apply to nothing .*down_blocks\.90\..* first: use the module")
     spatial = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(RANK, 8)}

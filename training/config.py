@@ -15,13 +15,14 @@ from pydantic import Field, model_validator
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.request import Spec
 
-TaskName = Literal["controlnet", "ip-adapter", "lora", "base", "vae", "clip"]
+TaskName = Literal["controlnet", "ip-adapter", "motion", "lora", "base", "vae", "clip"]
 Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
 
 # Peak learning rates that the papers and their programs use with Adam, for a batch of some dozens.
 RATES: dict[TaskName, float] = {
     "controlnet": 1e-5,  # 2302.05543, and its program
     "ip-adapter": 1e-4,  # 2308.06721, section 4.1.2
+    "motion": 1e-4,  # 2307.04725, and its program
     "lora": 1e-4,
     "base": 1e-4,
     "vae": 1e-4,
@@ -33,7 +34,9 @@ class TrainConfig(Spec):
     """A training run. What is left open is filled in from the task and the base, and saved with the result."""
 
     task: TaskName = Field(description="what is learned")
-    data: str = Field(description="folder of pictures with captions, a Hugging Face dataset folder, or .tar shards")
+    data: str = Field(
+        description="folder of pictures (motion: clips) with captions, a Hugging Face dataset folder, or .tar shards"
+    )
     out: str = Field(description="folder of the result, its checkpoints and its log")
     base: str = Field("embedded", description="'embedded', a diffusers folder, a hub id or a .safetensors file")
     start: str | None = Field(
@@ -53,6 +56,16 @@ class TrainConfig(Spec):
     tokens: int = Field(4, ge=1, le=1024, description="image tokens of an IP-Adapter")
     depth: int = Field(4, ge=1, le=64, description="layers of a resampler")
     heads: int = Field(12, ge=1, le=64, description="heads of a resampler, each 64 wide")
+    frames: int = Field(16, ge=2, le=256, description="of a clip (motion); the result knows no longer ones")
+    fps: float = Field(8, gt=0, le=240, description="frames a second taken from a video (motion); those of a folder are"
+        " taken as they are")  # fmt: skip
+    positions: Literal["sinusoidal", "learned", "rotary"] = Field(
+        "sinusoidal", description="how a fresh motion module tells the frames apart"
+    )
+    norm: Literal["clip", "frame"] = Field(
+        "clip", description="what a fresh motion module normalises over: the clip, as diffusers does, or each frame by"
+        " itself, as AnimateDiff's own do"
+    )  # fmt: skip
     decoder_only: bool = Field(False, description="a VAE's encoder stays, and with it the latents that a UNet knows")
     rank: int = Field(8, ge=1, le=1024, description="of a LoRA")
     train_text: bool = Field(False, description="a LoRA or a base learns in the text encoders too")
@@ -63,7 +76,7 @@ class TrainConfig(Spec):
     cache: str | None = Field(None, description="folder of the encoded pictures; left out, OUT/cache")
 
     steps: int = Field(1000, ge=1, description="optimiser steps")
-    batch: int = Field(4, ge=1, description="pictures an optimiser step, over all processes")
+    batch: int = Field(4, ge=1, description="pictures or clips an optimiser step, over all processes")
     micro_batch: int | None = Field(None, ge=1, description="pictures at once in one process; left out, as many as fit")
     optimiser: Literal["adamw", "adamw8bit", "schedule-free"] = Field("adamw", description="fused, 8-bit or without a"
         " schedule")  # fmt: skip

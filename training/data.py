@@ -1,4 +1,5 @@
-"""Pictures to learn from: read from a folder, a Hugging Face dataset or WebDataset shards, split, sized, ordered.
+"""Pictures and clips to learn from: read from a folder, a Hugging Face dataset or WebDataset shards, split, sized,
+ordered.
 
 Reading lists what is there and looks at captions; no picture is decoded before it is asked for.
 """
@@ -13,6 +14,7 @@ import math
 import os
 import random
 import tarfile
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Kind = Literal["pictures", "clips"]
 Part = Literal["picture", "control", "reference"]
 PathLike = str | os.PathLike[str]
 Folders = dict[str, PathLike | None]  # control and reference: a folder of partners, where one was given
@@ -37,6 +40,9 @@ T = TypeVar("T")
 
 #: What is taken for a picture, in folders and in shards.
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")
+
+#: What is taken for a clip. So a folder of frames is one with pictures that are none of these.
+CLIPS = ("mp4", "webm", "mov", "mkv", "gif", "webp")
 
 #: Column names, in metadata.jsonl and in Hugging Face datasets; the first that is there counts.
 COLUMNS = {
@@ -74,6 +80,19 @@ class FileSource:
 
 
 @dataclass(frozen=True)
+class FolderSource:
+    """A folder of frames."""
+
+    path: Path
+
+    def read(self) -> bytes:
+        """What tells it from another: a line for each frame, with its hash and its name."""
+        frames = sorted(filter(_is_picture, self.path.iterdir()))
+        lines = (f"{hashlib.sha256(frame.read_bytes()).hexdigest()} {frame.name}\n" for frame in frames)
+        return "".join(lines).encode()
+
+
+@dataclass(frozen=True)
 class CellSource:
     """A cell of a Hugging Face dataset."""
 
@@ -94,7 +113,7 @@ class CellSource:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a dataset: a picture with its captions, and its partners where the dataset has them.
+    """One row of a dataset: a picture or a clip with its captions, and its partners where the dataset has them.
 
     ``name``: the picture's path below the dataset's folder, or shard and key; it stays as the dataset grows.
     ``captions``: at least one, which may be empty.
@@ -109,6 +128,21 @@ class Example:
     def load(self, part: Part = "picture") -> Image.Image:
         """The picture or a partner, RGB. Raises MahlstickError with the example's name."""
         return pictures.load_picture(self._read(part), name=self._label(part))
+
+    def frames(self, fps: float) -> Iterator[Image.Image]:
+        """A clip's frames, RGB, one after the other: of a video ``fps`` a second, of a folder all in their order.
+
+        Raises MahlstickError for what is no clip, and where a frame cannot be decoded.
+        """
+        from mahlstick.pipelines.video import iterate_video
+
+        if isinstance(self.picture, FolderSource) or (isinstance(self.picture, FileSource) and self.picture.size < 0):
+            yield from iterate_video(self.picture.path, fps)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / Path(self.name).name
+            file.write_bytes(self._read("picture"))
+            yield from iterate_video(file, fps)
 
     def digest(self) -> str:
         """The sha256, in hex, of all that can be learned from: picture, partners and captions.
@@ -146,8 +180,10 @@ class Example:
 # --- reading
 
 
-def read_dataset(path: PathLike, control: PathLike | None = None, reference: PathLike | None = None) -> list[Example]:
-    """The examples of a dataset, sorted by name. What kind it is shows in its content:
+def read_dataset(
+    path: PathLike, control: PathLike | None = None, reference: PathLike | None = None, kind: Kind = "pictures"
+) -> list[Example]:
+    """The examples of a dataset, sorted by name. What it is shows in its content:
 
     - a folder of pictures, at any depth, with ``metadata.jsonl`` (``file_name`` and ``text``, or as `COLUMNS` says)
       or with a caption file beside each picture (``fox.txt`` for ``fox.png``, a caption a line);
@@ -159,85 +195,93 @@ def read_dataset(path: PathLike, control: PathLike | None = None, reference: Pat
     path, with any picture extension. Without them, the subfolders ``control`` and ``reference`` are taken where
     captions are files. A picture without a caption has the empty one.
 
+    Of ``clips``, which have no partners, each is a video or an animation (see `CLIPS`) or a folder of frames below the
+    dataset's, with its captions in the same places: ``fox.txt`` for ``fox.mp4`` and for ``fox/``. They come from
+    folders and shards.
+
     Raises MahlstickError for what is missing, doubled or not to be understood. Broken pictures are not noticed here.
     """
     path = Path(path)
-    folders = {"control": control, "reference": reference}
+    folders = {"control": control, "reference": reference} if kind == "pictures" else {}
     try:
-        examples = _read(path, folders)
+        examples = _read(path, folders, kind)
     except OSError as error:
         file, reason = str(error.filename or path), error.strerror or error
         raise MahlstickError(f"{file!r} cannot be read ({reason}); check its permissions") from error
     if not examples:
-        raise MahlstickError(f"{str(path)!r} holds no pictures; looked for {', '.join(EXTENSIONS)}")
+        looked = EXTENSIONS if kind == "pictures" else (*CLIPS, "folders of frames")
+        raise MahlstickError(f"{str(path)!r} holds no {kind}; looked for {', '.join(looked)}")
     for part, folder in folders.items():
         _check_partners(examples, part, folder)
     return sorted(examples, key=lambda example: example.name)
 
 
-def _read(path: Path, folders: Folders) -> list[Example]:
+def _read(path: Path, folders: Folders, kind: Kind) -> list[Example]:
     if not path.exists():
         shards = [Path(found) for found in sorted(glob.glob(str(path), recursive=True))]
         if not shards:
             raise MahlstickError(f"dataset {str(path)!r} does not exist; check the path")
-        return _read_shards(shards, path, folders)
+        return _read_shards(shards, path, folders, kind)
     if path.is_file():
-        return _read_shards([path], path, folders)
-    return _read_folder(path, folders)
+        return _read_shards([path], path, folders, kind)
+    return _read_folder(path, folders, kind)
 
 
-def _read_folder(folder: Path, folders: Folders) -> list[Example]:
+def _read_folder(folder: Path, folders: Folders, kind: Kind) -> list[Example]:
     files = _files(folder, folders)
     tables = [file for file in files if file.name == "metadata.jsonl"]
     shards = [file for file in files if file.suffix.lower() == ".tar"]
     if _is_saved(folder):
-        return _read_hugging_face(folder, folders)
+        return _read_hugging_face(folder, folders, kind)
     if tables:
-        return _read_tables(folder, tables, folders)
+        return _read_tables(folder, tables, folders, kind)
     if any(file.suffix.lower() == ".parquet" for file in files):
-        return _read_hugging_face(folder, folders)
-    if shards and any(_is_picture(file) for file in files):
-        raise MahlstickError(f"{str(folder)!r} holds both pictures and .tar files; keep them in two folders")
+        return _read_hugging_face(folder, folders, kind)
+    if shards and _items(files, kind):
+        raise MahlstickError(f"{str(folder)!r} holds both {kind} and .tar files; keep them in two folders")
     if shards:
-        return _read_shards(shards, folder, folders)
-    return _read_pictures(folder, folders)
+        return _read_shards(shards, folder, folders, kind)
+    return _read_items(folder, folders, kind)
 
 
-def _read_pictures(folder: Path, folders: Folders) -> list[Example]:
-    """Pictures with a caption file beside each."""
+def _read_items(folder: Path, folders: Folders, kind: Kind) -> list[Example]:
+    """Pictures or clips with a caption file beside each."""
     folders = {part: given or _subfolder(folder, part) for part, given in folders.items()}
     files = _files(folder, folders)
     captions = {_stem(file, folder): file for file in files if file.suffix.lower() == ".txt"}
     stems: dict[str, Path] = {}
-    for picture in filter(_is_picture, files):
+    items = _items(files, kind)
+    if kind == "clips" and folder in items:
+        raise MahlstickError(f"{str(folder)!r} holds pictures; give a folder with a subfolder of frames for each clip")
+    for picture in items:
         other = stems.setdefault(_stem(picture, folder), picture)
         if other is not picture:
             raise MahlstickError(
                 f"{str(other)!r} and {picture.name!r} share one name, and so their captions and partners; rename one"
             )
-    _refuse_lone_captions([text for stem, text in captions.items() if stem not in stems], folder)
+    _refuse_lone_captions([text for stem, text in captions.items() if stem not in stems], folder, kind)
     finders = {part: _partner_finder(part, other) for part, other in folders.items()}
     return [
         Example(
             picture.relative_to(folder).as_posix(),
             _lines(captions[stem].read_bytes(), repr(str(captions[stem]))) if stem in captions else ("",),
-            FileSource(picture),
+            FolderSource(picture) if picture.is_dir() else FileSource(picture),
             **{part: find(picture.relative_to(folder)) for part, find in finders.items()},
         )
         for stem, picture in stems.items()
     ]
 
 
-def _read_tables(folder: Path, tables: list[Path], folders: Folders) -> list[Example]:
-    """Pictures that metadata.jsonl names, one such file or one for each subfolder."""
+def _read_tables(folder: Path, tables: list[Path], folders: Folders, kind: Kind) -> list[Example]:
+    """Pictures or clips that metadata.jsonl names, one such file or one for each subfolder."""
     finders = {part: _partner_finder(part, other) for part, other in folders.items()}
     examples: dict[str, Example] = {}
     used: set[Path] = set()
     for table in tables:
         for label, row in _rows(table):
-            picture = _named(table, row, ("file_name",), label)
+            picture = _named(table, row, ("file_name",), label, kind)
             if picture is None:
-                raise MahlstickError(f"{label} has no file_name; give the picture's path, relative to the file")
+                raise MahlstickError(f"{label} has no file_name; give its path, relative to the file")
             name = Path(os.path.relpath(picture, folder))
             partners: dict[str, Source | None] = {}
             for part, find in finders.items():
@@ -248,9 +292,10 @@ def _read_tables(folder: Path, tables: list[Path], folders: Folders) -> list[Exa
                 raise MahlstickError(
                     f"{label} names {str(picture)!r} a second time; give all its captions in one row, as a list"
                 )
-            examples[name.as_posix()] = Example(name.as_posix(), _captions(row, label), FileSource(picture), **partners)
+            source = FolderSource(picture) if picture.is_dir() else FileSource(picture)
+            examples[name.as_posix()] = Example(name.as_posix(), _captions(row, label), source, **partners)
             used.add(picture.resolve())
-    left = [file for file in _files(folder, folders) if _is_picture(file) and file.resolve() not in used]
+    left = [item for item in _items(_files(folder, folders), kind) if item.resolve() not in used]
     if left:
         log.warning("left out, because metadata.jsonl does not name them: %s", _some(left, folder))
     return list(examples.values())
@@ -271,20 +316,23 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield label, row
 
 
-def _named(table: Path, row: dict[str, Any], columns: Sequence[str], label: str) -> Path | None:
-    """The file that the first of the columns names, or None. Raises MahlstickError where it is not there."""
+def _named(
+    table: Path, row: dict[str, Any], columns: Sequence[str], label: str, kind: Kind = "pictures"
+) -> Path | None:
+    """The file that the first of the columns names, or a clip's folder, or None. Raises MahlstickError where it is not
+    there."""
     value = next((row[column] for column in columns if row.get(column) is not None), None)
     if value is None:
         return None
     if not isinstance(value, str):
         raise MahlstickError(f"{label} has {value!r} for a file's name; give a path, relative to the file")
     file = table.parent / value
-    if not file.is_file():
+    if not file.is_file() and not (kind == "clips" and file.is_dir()):
         raise MahlstickError(f"{label} names {value!r}, which is not there; add it or take the line out")
     return file
 
 
-def _read_shards(shards: list[Path], path: Path, folders: Folders) -> list[Example]:
+def _read_shards(shards: list[Path], path: Path, folders: Folders, kind: Kind) -> list[Example]:
     _refuse_folders(folders, path, "members named like fox.control.png")
     other = [shard for shard in shards if shard.suffix.lower() != ".tar"]
     if other:
@@ -293,15 +341,15 @@ def _read_shards(shards: list[Path], path: Path, folders: Folders) -> list[Examp
     return [
         example
         for shard in tqdm(shards, "reading shards", disable=len(shards) < 20)
-        for example in _read_shard(shard, shard.absolute().relative_to(root))
+        for example in _read_shard(shard, shard.absolute().relative_to(root), kind)
     ]
 
 
-def _read_shard(shard: Path, name: Path) -> list[Example]:
+def _read_shard(shard: Path, name: Path, kind: Kind) -> list[Example]:
     examples, lone = [], []
     try:
         with tarfile.open(shard, "r:") as archive:
-            for key, members in _samples(archive, shard).items():
+            for key, members in _samples(archive, shard, kind).items():
                 if "picture" in members:
                     sources: dict[str, Source] = {
                         part: FileSource(shard, member.offset_data, member.size)
@@ -314,17 +362,17 @@ def _read_shard(shard: Path, name: Path) -> list[Example]:
                     lone.append(shard / key)
     except tarfile.TarError as error:
         raise MahlstickError(f"{str(shard)!r} is damaged or compressed ({error}); write it as plain tar") from error
-    _refuse_lone_captions(lone, shard)
+    _refuse_lone_captions(lone, shard, kind)
     return examples
 
 
-def _samples(archive: tarfile.TarFile, shard: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
+def _samples(archive: tarfile.TarFile, shard: Path, kind: Kind) -> dict[str, dict[str, tarfile.TarInfo]]:
     """The members by key, the name up to the base name's first dot, and by what they are."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     for member in archive:
         folder, _, base = member.name.removeprefix("./").rpartition("/")
         stem, _, rest = base.partition(".")
-        part = _member_part(rest.lower())
+        part = _member_part(rest.lower(), kind)
         if not stem or not part or not member.isreg() or member.issparse():
             continue
         if samples.setdefault(f"{folder}/{stem}".lstrip("/"), {}).setdefault(part, member) is not member:
@@ -337,10 +385,12 @@ def _samples(archive: tarfile.TarFile, shard: Path) -> dict[str, dict[str, tarfi
     return samples
 
 
-def _member_part(rest: str) -> str | None:
+def _member_part(rest: str, kind: Kind) -> str | None:
     """What a member is by its name from the first dot on."""
     part, _, extension = rest.rpartition(".")
-    if extension in EXTENSIONS and part in ("", "control", "reference"):
+    if kind == "clips" and rest in CLIPS:
+        return "picture"
+    if kind == "pictures" and extension in EXTENSIONS and part in ("", "control", "reference"):
         return part or "picture"
     return rest if rest in ("txt", "json") else None
 
@@ -362,7 +412,9 @@ def _member_captions(archive: tarfile.TarFile, members: dict[str, tarfile.TarInf
     return _captions(row if isinstance(row, dict) else {}, label)
 
 
-def _read_hugging_face(folder: Path, folders: Folders) -> list[Example]:
+def _read_hugging_face(folder: Path, folders: Folders, kind: Kind) -> list[Example]:
+    if kind == "clips":
+        raise MahlstickError(f"{str(folder)!r} is a Hugging Face dataset; give clips as files, or in .tar shards")
     _refuse_folders(folders, folder, "columns control and reference")
     _table.cache_clear()
     _column.cache_clear()
@@ -469,9 +521,26 @@ def _is_picture(file: Path) -> bool:
     return file.suffix.lower().lstrip(".") in EXTENSIONS
 
 
+def _is_still(file: Path) -> bool:
+    """Whether it is a frame of a clip."""
+    return _is_picture(file) and not _is_clip(file)
+
+
+def _is_clip(file: Path) -> bool:
+    return file.suffix.lower().lstrip(".") in CLIPS
+
+
+def _items(files: Iterable[Path], kind: Kind) -> list[Path]:
+    """The pictures among the files; or the clips, and the folders of frames."""
+    if kind == "pictures":
+        return [file for file in files if _is_picture(file)]
+    return sorted({file if _is_clip(file) else file.parent for file in files if _is_clip(file) or _is_still(file)})
+
+
 def _stem(file: Path, folder: Path) -> str:
-    """The path below the folder, without the extension."""
-    return file.relative_to(folder).with_suffix("").as_posix()
+    """The path below the folder, a file's without the extension."""
+    inside = file.relative_to(folder)
+    return (inside if file.is_dir() else inside.with_suffix("")).as_posix()
 
 
 def _partner_finder(part: str, folder: PathLike | None) -> Callable[[Path], Source | None]:
@@ -507,11 +576,11 @@ def _check_partners(examples: list[Example], part: str, folder: PathLike | None)
         )
 
 
-def _refuse_lone_captions(captions: list[Path], folder: Path) -> None:
+def _refuse_lone_captions(captions: list[Path], folder: Path, kind: Kind) -> None:
     if captions:
         raise MahlstickError(
-            f"captions without pictures in {str(folder)!r}: {_some(captions, folder)}; "
-            f"add the pictures or remove the captions"
+            f"captions without {kind} in {str(folder)!r}: {_some(captions, folder)}; "
+            f"add the {kind} or remove the captions"
         )
 
 

@@ -1,5 +1,5 @@
 """Whether an adapter works: pictures made with it and without it, from the same words and seeds, and both measured;
-or whether a base does: without an adapter its own pictures are.
+or whether a base does: without an adapter its own pictures are; or whether clips of a motion module move as true ones.
 
     from mahlstick.training.evaluate import EvaluateConfig, evaluate
 
@@ -19,8 +19,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,26 +31,30 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from mahlstick import annotators
+from mahlstick.adapters.motion import MotionAttachment
 from mahlstick.errors import MahlstickError
 from mahlstick.pictures import load_picture, save_png
 from mahlstick.pipelines.attach import attach
 from mahlstick.pipelines.generate import EMBEDDED_GUIDANCE, check_adapter, check_folder
 from mahlstick.pipelines.load import Loader, adapter_path, embedded_folder, unet_config
+from mahlstick.pipelines.measures import Encode, frame_encoder, measure_clip
 from mahlstick.pipelines.recipe import fingerprint
 from mahlstick.pipelines.request import Scale, Seed, Side, Spec
 from mahlstick.pipelines.sheet import contact_sheet
-from mahlstick.pipelines.units import Control, ImagePrompt, Unit
+from mahlstick.pipelines.units import Control, ImagePrompt, Motion, Unit
 from mahlstick.training import data, metrics
-from mahlstick.training.data import Example
+from mahlstick.training.data import Example, Kind
 
 Array = np.ndarray[Any, Any]
-Values = dict[str, Array]  # by column, a number for each picture; NaN where there is none
+Values = dict[str, Array]  # by column, a number for each picture or clip; NaN where there is none
+T = TypeVar("T")
 
-WITHOUT, WITH, TRUE, DIFFERENCE = "without", "with", "true", "difference"
+WITHOUT, WITH, TRUE, DIFFERENCE, RATIO = "without", "with", "true", "difference", "ratio"
 RECALLS = (1, 5, 10)
 NAMED = (1, 5)
-SHOWN = 12  # rows of the contact sheet
-FEW = 30  # pictures below which a bootstrap interval is too narrow
+SHOWN = 12  # pictures or clips on the contact sheet
+SHOWN_FRAMES = 8  # of each clip
+FEW = 30  # pictures or clips below which a bootstrap interval is too narrow
 
 _KEY = "mahlstick-evaluate"  # of the PNG's text
 _FORMAT = 1  # raise it when pictures of before must not be taken for today's
@@ -72,7 +77,7 @@ _TITLES = {
 class EvaluateConfig(Spec):
     """What to evaluate, and how. Scales are units' scales, sizes pixels."""
 
-    data: str = Field(description="pictures with captions, of any kind that `read_dataset` reads")
+    data: str = Field(description="pictures (motion: clips) with captions, of any kind that `read_dataset` reads")
     out: str = Field("evaluation", description="folder of the report and its pictures")
     base: str = Field("embedded", description="'embedded', a diffusers folder, a hub id or a .safetensors file")
     base_config: str | None = Field(None, description="folder or hub id with the configs of a single-file base")
@@ -87,6 +92,12 @@ class EvaluateConfig(Spec):
     image_prompt_scale: Scale = 1.0
     image_encoder: str | None = Field(None, description="vision model of the IP-Adapter; left out, the base's own")
     references: str | None = Field(None, description="folder of references; left out, the pictures themselves")
+
+    motion: str | None = Field(None, description="a motion module: a path, a hub id or 'motion'")
+    motion_scale: Scale = 1.0
+    frames: int = Field(16, ge=2, le=256, description="of a clip")
+    fps: float = Field(8, gt=0, le=240, description="frames a second taken from a video; those of a folder are taken"
+        " as they are")  # fmt: skip
 
     judge: str | None = Field(None, description="a CLIP's folder or hub id; left out, the base's own image encoder")
     classifier: str | None = Field(None, description="an image classifier's folder or hub id, to name the pictures")
@@ -107,12 +118,20 @@ class EvaluateConfig(Spec):
                              ("image_encoder", "image_prompt")):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name} is given without {needed}; give both, or leave it out")
+        for name in ("control", "image_prompt", "classifier", "features"):
+            if self.motion is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given with motion, which is judged alone; leave one of them out")
         return self
+
+    @property
+    def kind(self) -> Kind:
+        """What is made."""
+        return "pictures" if self.motion is None else "clips"
 
     @property
     def adapters(self) -> list[str]:
         """What is to be judged; where there is none, the base alone is."""
-        return [name for name in (self.control, self.image_prompt) if name]
+        return [name for name in (self.control, self.image_prompt, self.motion) if name]
 
 
 @dataclass(frozen=True)
@@ -123,9 +142,9 @@ class Mean:
     low: float | None = None
     high: float | None = None
 
-    def text(self, sign: Literal["+", "-"] = "-") -> str:
-        """Three decimals; ``+`` shows the sign of what is positive too."""
-        shown = [f"{number:{sign}.3f}" for number in (self.value, self.low, self.high) if number is not None]
+    def text(self, sign: Literal["+", "-"] = "-", decimals: int = 3) -> str:
+        """As people read it; ``+`` shows the sign of what is positive too."""
+        shown = [f"{number:{sign}.{decimals}f}" for number in (self.value, self.low, self.high) if number is not None]
         return shown[0] if len(shown) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
@@ -135,8 +154,8 @@ class Evaluation:
 
     ``figures``: by measure (a function's name in `metrics`, or ``recall_at_1`` and so on) and column: ``without`` the
     adapters, ``with`` them if there are any, the ``difference`` picture by picture, and of the ``true`` pictures
-    where that tells the ceiling. ``rows``: one for each picture. ``notes``: sentences on what was left out and what to
-    beware of.
+    where that tells the ceiling. Of clips, by the names of `ClipFigures`: ``with``, ``true``, and the ``ratio`` of the
+    two means. ``rows``: one for each picture or clip. ``notes``: sentences on what was left out and what to beware of.
     """
 
     config: EvaluateConfig
@@ -152,11 +171,18 @@ class Evaluation:
     def to_json(self) -> str:
         """Settings, figures and notes, without the rows."""
         figures = {name: {key: asdict(mean) for key, mean in of.items()} for name, of in self.figures.items()}
-        facts = {"settings": self.config.model_dump(), "pictures": len(self.rows), "figures": figures}
+        facts = {"settings": self.config.model_dump(), self.config.kind: len(self.rows), "figures": figures}
         return json.dumps(facts | {"notes": self.notes}, indent=1, ensure_ascii=False)
 
     def table(self) -> list[list[str]]:
-        """The figures as text: a header, and a row for each measure with an arrow to where it is better."""
+        """The figures as text: a header, and a row for each measure with an arrow to where it is better; of clips none
+        is, but as that of the true ones."""
+        if self.config.motion is not None:
+            clips = [["", "made", "true clips", "ratio"]]
+            for name, of in self.figures.items():
+                ratio = of[RATIO].text() if RATIO in of else ""
+                clips.append([title(name), *(of[column].text(decimals=4) for column in (WITH, TRUE)), ratio])
+            return clips
         adapted = bool(self.config.adapters)
         rows = [["", *(["without", "with", "difference"] if adapted else ["the base"]), "true pictures"]]
         for name, of in self.figures.items():
@@ -232,12 +258,14 @@ def control_of(example: Example, fitted: Image.Image, annotator: str | None, opt
 
 @dataclass(frozen=True)
 class Case:
-    """An example, its seed, and the files of its pictures by column; ``key`` stands for all that they depend on."""
+    """An example, its seed, and the files of its pictures by column, or the folders of its clips' frames; ``key``
+    stands for all that they depend on. ``frames``: of a clip."""
 
     example: Example
     seed: int
     key: str
     files: dict[str, Path]
+    frames: int | None = None
 
     @property
     def caption(self) -> str:
@@ -245,7 +273,13 @@ class Case:
 
     @property
     def is_made(self) -> bool:
-        return all(_key_in(file) == self.key for file in self.files.values())
+        pictures = [picture for column in self.files for picture in self.pictures(column)]
+        return all(_key_in(picture) == self.key for picture in pictures)
+
+    def pictures(self, column: str) -> list[Path]:
+        """The file, or a clip's frames in their order."""
+        file = self.files[column]
+        return [file] if self.frames is None else [file / f"{j:04d}.png" for j in range(self.frames)]
 
 
 def _key_in(file: Path) -> str | None:
@@ -265,6 +299,7 @@ class Painter:
     size: tuple[int, int]
     net: Any = None
     adapter: Any = None
+    motion: Any = None
 
     @classmethod
     def load(cls, config: EvaluateConfig, loader: Loader, device: str | None, dtype: str | None) -> Self:
@@ -280,7 +315,8 @@ class Painter:
         size = (width * pipe.vae_scale_factor, height * pipe.vae_scale_factor)
         if config.resolution is not None:
             size = (config.resolution, config.resolution)
-        return cls(config, pipe, size, load(config.control), load(config.image_prompt, config.image_encoder))
+        adapter = load(config.image_prompt, config.image_encoder)
+        return cls(config, pipe, size, load(config.control), adapter, load(config.motion))
 
     def cases(self, examples: Sequence[Example], progress: bool = False) -> list[Case]:
         """Example i with seed + i and its files; reads every picture once, so that a broken one shows at the start."""
@@ -315,6 +351,10 @@ class Painter:
             **config.model_dump(include=set(fields)),
         }
 
+    @property
+    def _guidance(self) -> float | None:
+        return guidance_of(self.config.base) if self.config.guidance is None else self.config.guidance
+
     def paint(self, cases: Sequence[Case]) -> None:
         """Make and write all pictures of the cases, in one batch."""
         config = self.config
@@ -328,7 +368,7 @@ class Painter:
             made["reference"] = [e.load("reference") if e.reference is not None else true for e, true in pairs]
             references = [[reference] for reference in made["reference"]]  # a group for each picture
             units.append(ImagePrompt(self.adapter, references, scale=config.image_prompt_scale))
-        guidance = guidance_of(config.base) if config.guidance is None else config.guidance
+        guidance = self._guidance
         prompts, seeds = [case.caption for case in cases], [case.seed for case in cases]
         for column, clipped in ((WITHOUT, []), (WITH, units)):
             if column not in cases[0].files:
@@ -337,6 +377,65 @@ class Painter:
         for i, case in enumerate(cases):
             for column, file in case.files.items():
                 save_png(made[column][i], file, {_KEY: case.key})
+
+
+@dataclass(frozen=True)
+class Animator(Painter):
+    """The base with the motion module to be judged."""
+
+    def cases(self, examples: Sequence[Example], progress: bool = False) -> list[Case]:
+        """Clip i with seed + i · frames, from which on each of its frames has one; reads every clip once, so that one
+        that is broken or too short shows at the start."""
+        config = self.config
+        settings, found = self._settings(), []
+        for i, example in enumerate(tqdm(examples, "read", disable=not progress, leave=False)):
+            self._true(example)
+            seed = config.seed + i * config.frames
+            files = {column: Path(config.out) / column / f"{i:05d}" for column in (TRUE, WITH)}
+            found.append(Case(example, seed, _digest([settings, example.digest(), seed]), files, config.frames))
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | self.config.model_dump(include={"motion_scale", "frames", "fps"})
+
+    def _true(self, example: Example) -> list[Image.Image]:
+        """The beginning of the clip. Raises ``MahlstickError`` where it is too short."""
+        wanted = self.config.frames
+        frames = list(islice(example.frames(self.config.fps), wanted))
+        if len(frames) < wanted:
+            raise MahlstickError(
+                f"{example.name!r} has {len(frames)} of {wanted} frames; give fewer --frames, or a higher --fps"
+            )
+        return frames
+
+    def paint(self, cases: Sequence[Case]) -> None:
+        """Make and write the clips of the cases, one by one."""
+        config = self.config
+        for case in cases:
+            seeds = range(case.seed, case.seed + config.frames)
+            made = {
+                TRUE: [data.fit(frame, self.size) for frame in self._true(case.example)],
+                WITH: draw(
+                    self.pipe, [case.caption] * config.frames, seeds, self.size, [self._unit], steps=config.steps,
+                    guidance=self._guidance,
+                ),
+            }  # fmt: skip
+            for column, frames in made.items():
+                files = case.pictures(column)
+                for frame, file in zip(frames, files, strict=True):
+                    save_png(frame, file, {_KEY: case.key})
+                for left in {*case.files[column].glob("*.png")} - {*files}:  # of a longer clip before
+                    left.unlink()
+
+    @property
+    def _unit(self) -> Motion:
+        return Motion(self.motion, self.config.frames, self.config.motion_scale)
+
+    def borders(self) -> list[int]:
+        """Where windows begin, if the module does not see a clip as a whole."""
+        with attach(self.pipe, self._unit) as attached:
+            [motion] = cast(list[MotionAttachment], attached.attachments)
+            return motion.context.borders(self.config.frames) if motion.windowed(self.config.frames) else []
 
 
 def _digest(facts: Any) -> str:
@@ -476,6 +575,27 @@ def measure_distance(cases: Sequence[Case], features: Values) -> dict[str, Mean]
     return found
 
 
+def measure_clips(
+    cases: Sequence[Case], encode: Encode | None, borders: Sequence[int], progress: bool
+) -> dict[str, Values]:
+    """What `measure_clip` finds, by measure."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for case in tqdm(cases, "measure", disable=not progress, leave=False):
+        for column in judged(cases):
+            for name, value in measure_clip(case.pictures(column), borders, encode).to_dict().items():
+                if value is not None:
+                    found.setdefault(name, {}).setdefault(column, []).append(value)
+    return {name: {column: np.array(values) for column, values in of.items()} for name, of in found.items()}
+
+
+def compare(values: Values) -> dict[str, Mean]:
+    """Means over the clips, and the ratio of the made ones' to the true ones', if those have any."""
+    found = {column: Mean(*metrics.mean_with_interval(each)) for column, each in values.items()}
+    if values[TRUE].any():
+        found[RATIO] = Mean(*metrics.ratio_with_interval(values[WITH], values[TRUE]))
+    return found
+
+
 def summarise(values: Values) -> dict[str, Mean]:
     """Means over the pictures that have a value, and that of the difference, with minus without, picture by picture."""
     pairs = values | ({DIFFERENCE: values[WITH] - values[WITHOUT]} if WITH in values else {})
@@ -507,6 +627,15 @@ def choose_judge(config: EvaluateConfig, pipe: Any) -> tuple[metrics.ClipJudge |
     return metrics.ClipJudge(encoder, processor, None), notes
 
 
+def choose_encoder(config: EvaluateConfig, pipe: Any) -> tuple[Encode | None, list[str]]:
+    """What tells whether neighbouring frames are alike, and what to say of it: the judge, or else the base's own image
+    encoder."""
+    if config.judge is not None:
+        return metrics.ClipJudge.load(config.judge, str(pipe.device)).images, []
+    found = frame_encoder(pipe)
+    return found, [] if found else [f"Consistency is left out: {config.base} has no image encoder; name a judge."]
+
+
 def choose_classifier(config: EvaluateConfig, examples: Sequence[Example], device: str) -> metrics.Classifier | None:
     """The classifier, if one is given. Raises ``MahlstickError`` where no caption holds one of its names."""
     if config.classifier is None:
@@ -536,16 +665,14 @@ def evaluate(
     """
     examples = choose_examples(config)
     _check(config, examples)
-    painter = Painter.load(config, loader or Loader(), device, dtype)
+    loader = loader or Loader()
+    if config.motion is not None:
+        return _evaluate_clips(Animator.load(config, loader, device, dtype), examples, progress)
+    painter = Painter.load(config, loader, device, dtype)
     judge, notes = choose_judge(config, painter.pipe)
     network = metrics.feature_network(config.features, str(painter.pipe.device)) if config.features else None
     classifier = choose_classifier(config, examples, str(painter.pipe.device))
-    cases = painter.cases(examples, progress)
-    todo = [case for case in cases if not case.is_made]
-    with tqdm(total=len(cases), initial=len(cases) - len(todo), desc="evaluate", disable=not progress) as bar:
-        for start in range(0, len(todo), config.batch):
-            painter.paint(part := todo[start : start + config.batch])
-            bar.update(len(part))
+    cases = _painted(painter, examples, progress)
     found: dict[str, Values] = {}
     if config.annotator is not None:
         measure = metrics.measure_of(config.annotator)
@@ -569,9 +696,31 @@ def evaluate(
     return evaluation
 
 
+def _evaluate_clips(animator: Animator, examples: Sequence[Example], progress: bool) -> Evaluation:
+    config = animator.config
+    encode, notes = choose_encoder(config, animator.pipe)
+    cases = _painted(animator, examples, progress)
+    found = measure_clips(cases, encode, animator.borders(), progress)
+    figures = {name: compare(values) for name, values in found.items()}
+    evaluation = Evaluation(config, figures, _rows(cases, found), notes + _notes(config, cases, found))
+    _write(evaluation, cases)
+    return evaluation
+
+
+def _painted(painter: Painter, examples: Sequence[Example], progress: bool) -> list[Case]:
+    """The cases, once all of their pictures are there."""
+    cases, batch = painter.cases(examples, progress), painter.config.batch
+    todo = [case for case in cases if not case.is_made]
+    with tqdm(total=len(cases), initial=len(cases) - len(todo), desc="evaluate", disable=not progress) as bar:
+        for start in range(0, len(todo), batch):
+            painter.paint(part := todo[start : start + batch])
+            bar.update(len(part))
+    return cases
+
+
 def choose_examples(config: EvaluateConfig) -> list[Example]:
     """The dataset in an order drawn by the seed, up to ``count``: a larger count goes on with the same pictures."""
-    examples = data.read_dataset(config.data, config.control_pictures, config.references)
+    examples = data.read_dataset(config.data, config.control_pictures, config.references, config.kind)
     random.Random(config.seed).shuffle(examples)
     return examples[: config.count]
 
@@ -586,7 +735,7 @@ def _check(config: EvaluateConfig, examples: Sequence[Example]) -> None:
     if config.features is not None and len(examples) < 2:
         raise MahlstickError("features: one picture has no distribution; evaluate at least two")
     unet = unet_config(config.base)
-    for field, kind in (("control", "controlnet"), ("image_prompt", "ip_adapter")):
+    for field, kind in (("control", "controlnet"), ("image_prompt", "ip_adapter"), ("motion", "motion_adapter")):
         if (source := getattr(config, field)) is not None:
             check_adapter(field, kind, source, unet)
 
@@ -612,28 +761,33 @@ def _notes(config: EvaluateConfig, cases: Sequence[Case], found: Mapping[str, Va
     if config.control is not None and config.annotator is None:
         notes.append("How well the control is kept is not measured: no annotator is named.")
     if not any(case.caption.strip() for case in cases):
-        notes.append("No picture has a caption, so all were made without words.")
+        notes.append(f"None of the {config.kind} has a caption, so all were made without words.")
     if config.features is not None:
         notes.append(
             f"Likeness and FID are taken over {config.features}; few pictures raise FID, so compare equal numbers of"
             " them. That of the true pictures is of one half to the other, which is raised more and no ceiling."
         )
     if len(cases) < FEW:
-        notes.append(f"Of only {len(cases)} pictures the intervals are too narrow.")
+        notes.append(f"Of only {len(cases)} {config.kind} the intervals are too narrow.")
     return notes
 
 
 # ---- report
 
+_READING = """\
+In brackets: where the mean of other pictures of this kind would lie, 95 % (bootstrap). A difference is taken picture
+by picture, and unclear where its interval holds zero. An arrow shows where a measure is better, the true pictures how
+far it goes.
+"""
+_READING_CLIPS = """\
+In brackets: where the mean of other clips of this kind would lie, 95 % (bootstrap). Neither more nor less of a measure
+is better: the nearer the ratio is to 1, the more the clips move as the true ones do.
+"""
+
 
 def _write(evaluation: Evaluation, cases: Sequence[Case]) -> None:
     out = evaluation.report.parent
-    columns = [name for name in ("control", "reference", WITHOUT, WITH, TRUE) if name in cases[0].files]
-    rows = [
-        (case.caption or case.example.name, [load_picture(case.files[name]) for name in columns])
-        for case in cases[:SHOWN]
-    ]
-    save_png(contact_sheet(columns, rows), out / "contact_sheet.png")
+    save_png(_sheet(cases) if evaluation.config.motion is None else _strips(cases), out / "contact_sheet.png")
     lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in evaluation.rows)
     texts = {"report.jsonl": lines, "figures.json": evaluation.to_json() + "\n", "report.md": _markdown(evaluation)}
     for name, text in texts.items():
@@ -642,28 +796,56 @@ def _write(evaluation: Evaluation, cases: Sequence[Case]) -> None:
         os.replace(beside, out / name)
 
 
+def _sheet(cases: Sequence[Case]) -> Image.Image:
+    """A row for each of the first cases."""
+    columns = [name for name in ("control", "reference", WITHOUT, WITH, TRUE) if name in cases[0].files]
+    rows = [
+        (case.caption or case.example.name, [load_picture(case.files[name]) for name in columns])
+        for case in cases[:SHOWN]
+    ]
+    return contact_sheet(columns, rows)
+
+
+def _strips(cases: Sequence[Case]) -> Image.Image:
+    """Frames of each of the first clips, and below them those of the true one."""
+    shown = evenly(range(cases[0].frames or 0), SHOWN_FRAMES)
+    rows = [
+        (label, [load_picture(case.pictures(column)[frame]) for frame in shown])
+        for case in cases[:SHOWN]
+        for column, label in ((WITH, case.caption or case.example.name), (TRUE, "true"))
+    ]
+    return contact_sheet([f"frame {frame}" for frame in shown], rows, cell=96)
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of the items, or all, at even distances from the first on."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def _markdown(evaluation: Evaluation) -> str:
     config, (header, *body) = evaluation.config, evaluation.table()
     units = " and ".join(f"`{name}`" for name in config.adapters)
     how = "each made without and with, from the same words and the same seed" if units else "each made from its words"
     shown = f"Without and with {units}, and the true pictures" if units else "Made, and the true pictures"
+    reading = _READING
+    if config.motion is not None:
+        how = f"each made from its words, {config.frames} frames at {config.fps:g} a second"
+        shown, reading = "Frames of the clips that were made, each above those of the true one", _READING_CLIPS
     table = [header, ["---"] * len(header), *body]
     notes = "".join(f"- {note}\n" for note in evaluation.notes)
     settings = json.dumps(config.model_dump(exclude_defaults=True), indent=1, ensure_ascii=False)
     return f"""# {f"{units} on " if units else ""}`{config.base}`
 
-{len(evaluation.rows)} pictures of `{config.data}`, {how}.
+{len(evaluation.rows)} {config.kind} of `{config.data}`, {how}.
 
 {chr(10).join(f"| {' | '.join(row)} |" for row in table)}
 
-In brackets: where the mean of other pictures of this kind would lie, 95 % (bootstrap). A difference is taken picture
-by picture, and unclear where its interval holds zero. An arrow shows where a measure is better, the true pictures how
-far it goes.
-
+{reading}
 {notes}
 ![{shown}](contact_sheet.png)
 
-Each picture's figures are in `report.jsonl`, the settings below and all figures in `figures.json`.
+The figures of each are in `report.jsonl`, the settings below and all figures in `figures.json`.
 
 ```json
 {settings}

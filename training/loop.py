@@ -104,7 +104,7 @@ class Loop:
         if config.gradient_checkpointing:
             task.checkpoint_blocks()
         digests = [example.digest() for example in train]
-        plan = Plan([bucket(cache, digest) for digest in digests], config.batch, config.seed)
+        plan = Plan([task.alike(cache.shapes(digest)) for digest in digests], config.batch, config.seed)
         if plan.repeated > MOST_REPEATED:
             log.warning("%.0f%% of the rows repeat a picture, because few share its size; a smaller --batch or "
                         "--no-buckets avoids it", 100 * plan.repeated)  # fmt: skip
@@ -285,7 +285,7 @@ class Loop:
         by_bucket: dict[tuple[Any, ...], list[int]] = {}
         digests = [example.digest() for example in self.held_out[:HELD_OUT]]
         for i, digest in enumerate(digests):
-            by_bucket.setdefault(bucket(self.cache, digest), []).append(i)
+            by_bucket.setdefault(self.task.alike(self.cache.shapes(digest)), []).append(i)
         most, losses = self.config.batch if self.task.whole_batch else self.micro, []
         for indices in by_bucket.values():
             for part in torch.tensor(indices).tensor_split(math.ceil(len(indices) / most)):
@@ -418,12 +418,6 @@ def _step_of(line: str) -> float:
 def _fold(*key: int) -> int:
     """One seed from several numbers, for what draws from torch's own state (dropout)."""
     return int(torch.randint(2**62, (), generator=generator(*key, "torch")))
-
-
-def bucket(cache: FeatureCache, digest: str) -> tuple[Any, ...]:
-    """What two examples must share to lie in one batch: the shapes of what is cached, whatever the captions' number."""
-    shapes = cache.shapes(digest)
-    return tuple(sorted((name, tuple(shape)) for name, shape in shapes.items() if "." not in name))
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:

@@ -483,9 +483,32 @@ def mean_with_interval(
     numbers = np.asarray(values, np.float64)
     if not numbers.size:
         raise MahlstickError("there are no values to average; give at least one")
-    draws = np.random.default_rng(seed).integers(len(numbers), size=(samples, len(numbers)))
-    low, high = np.quantile(numbers[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(numbers[_draws(len(numbers), samples, seed)].mean(axis=1), _bounds(level))
     return float(numbers.mean()), float(low), float(high)
+
+
+def ratio_with_interval(
+    values: ArrayLike, others: ArrayLike, level: float = 0.95, samples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(ratio, low, high): the mean of ``values`` (N,) by that of ``others`` (N,), which are of the same things and not
+    below 0, and its interval as in `mean_with_interval`. Raises ``MahlstickError`` where all others are 0."""
+    above, below = (numbers.astype(np.float64) for numbers in _same_shape(values, others))
+    if not below.any():
+        raise MahlstickError("there is no ratio to values that are all 0; leave it out")
+    draws = _draws(len(above), samples, seed)
+    means = above[draws].mean(axis=1), below[draws].mean(axis=1)
+    some = means[1] > 0
+    low, high = np.quantile(means[0][some] / means[1][some], _bounds(level))
+    return float(above.mean() / below.mean()), float(low), float(high)
+
+
+def _draws(count: int, samples: int, seed: int) -> Array:
+    """(samples, count): what each sample of the bootstrap has drawn."""
+    return np.random.default_rng(seed).integers(count, size=(samples, count))
+
+
+def _bounds(level: float) -> list[float]:
+    return [(1 - level) / 2, (1 + level) / 2]
 
 
 # ---- networks

@@ -20,7 +20,7 @@ from mahlstick.errors import MahlstickError
 from mahlstick.training.cache import FeatureCache
 from mahlstick.training.checkpoint import write_whole
 from mahlstick.training.config import TrainConfig
-from mahlstick.training.data import Example, read_dataset, split
+from mahlstick.training.data import Example, split
 from mahlstick.training.loop import Loop, new_accelerator, out_of_memory
 from mahlstick.training.tasks import TASKS, Task
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     ``pipe`` serves instead of the base that the config names. Raises ``MahlstickError`` for bad data or settings,
     before anything is learned.
     """
-    examples = read_dataset(config.data, config.control, config.reference)
+    examples = TASKS[config.task].read(config)
     learned, held_out = split(examples, config.held_out, config.seed)
     check_folder(config, learned)
     torch.manual_seed(config.seed)  # fresh layers start from random weights
@@ -200,7 +200,7 @@ def card(config: TrainConfig, task: Task, learned: int, held_out: int, skipped: 
     settings = json.dumps(json.loads(config.to_json()), indent=1)
     return f"""# {Path(config.out).name}
 
-A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained with mahlstick on {learned} pictures
+A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained with mahlstick on {learned} {task.kind}
 ({held_out} held out, {skipped} could not be read) for {loop.progress.step} steps of {config.batch};
 {loop.progress.skipped} steps were left out because a gradient was not finite.
 
@@ -209,7 +209,7 @@ A {config.task} for `{config.base}`, {count / 1e6:.2f} M parameters, trained wit
 {figures}
 
 {_best(loop.scores)}
-Say here where the pictures came from and under which licence the weights may be used.
+Say here where the {task.kind} came from and under which licence the weights may be used.
 
 ```json
 {settings}

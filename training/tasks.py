@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mahlstick.adapters.controlnet import ControlNet
 from mahlstick.adapters.ip_adapter import IPAdapter, load_encoder
+from mahlstick.adapters.motion import MotionAdapter
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.load import load_pipeline
-from mahlstick.pipelines.units import Control, ImagePrompt, Unit
+from mahlstick.pipelines.measures import measure_clip
+from mahlstick.pipelines.units import Control, ImagePrompt, Motion, Unit
 from mahlstick.training import data, metrics
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example
@@ -31,11 +34,15 @@ from mahlstick.training.evaluate import control_of, draw, guidance_of
 from mahlstick.training.objective import Objective, prediction_of
 
 Features = dict[str, Tensor]
+T = TypeVar("T")
 
 SCORE = "score"  # of a validation: the higher, the better
 SAMPLE_STEPS = 20
+LONGEST = 256  # frames kept of a clip: half a minute at eight a second
+SHOWN = 8  # of a clip's frames in a row of pictures
 
-TEXT_DROPOUT = {"controlnet": 0.5, "ip-adapter": 0.05, "lora": 0.0, "base": 0.1}  # as their papers and programs have it
+# as their papers and programs have it
+TEXT_DROPOUT = {"controlnet": 0.5, "ip-adapter": 0.05, "motion": 0.1, "lora": 0.0, "base": 0.1}
 
 
 class Task(nn.Module, ABC):
@@ -47,6 +54,8 @@ class Task(nn.Module, ABC):
 
     #: Whether a row's loss depends on the other rows of the batch, so that the batch must not be split.
     whole_batch: ClassVar[bool] = False
+    #: What it learns from.
+    kind: ClassVar[data.Kind] = "pictures"
 
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
         super().__init__()
@@ -60,6 +69,11 @@ class Task(nn.Module, ABC):
         """The base, as a diffusers pipeline."""
         return self._pipe[0]
 
+    @classmethod
+    def read(cls, config: TrainConfig) -> list[Example]:
+        """The examples that the config names; see `data.read_dataset`."""
+        return data.read_dataset(config.data, config.control, config.reference)
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What the encoded features depend on, beside the example itself: the key of their cache."""
@@ -67,6 +81,11 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def encode(self, examples: Sequence[Example]) -> list[Features]:
         """Everything of an example that no training step changes, made once."""
+
+    def alike(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
+        """What two examples must share to lie in one batch: the shapes of what is cached, whatever the captions'
+        number."""
+        return tuple(sorted((name, tuple(shape)) for name, shape in shapes.items() if "." not in name))
 
     @abstractmethod
     def draw(self, features: Features, random: torch.Generator) -> Features:
@@ -173,12 +192,17 @@ class DiffusionTask(Task):
     def encode(self, examples: Sequence[Example]) -> list[Features]:
         made = []
         for example in examples:
-            fitted = self._fitted(example)
-            row = {"latents": self._latents(fitted), **self._sizes(example, fitted)}
+            row = self._seen(example)
             for k, text in enumerate(self._text(list(example.captions))):
                 row |= {f"{name}.{k}": value for name, value in text.items()}
-            made.append(row | self._extra(example, fitted))
+            made.append(row)
         return made
+
+    def _seen(self, example: Example) -> Features:
+        """Everything but the words."""
+        fitted = self._fitted(example)
+        row = {"latents": self._latents(fitted), **self._sizes(example.load(), fitted)}
+        return row | self._extra(example, fitted)
 
     def _fitted(self, example: Example) -> Image.Image:
         """The picture at the size of its bucket."""
@@ -196,11 +220,11 @@ class DiffusionTask(Task):
         z = vae.encode(x).latent_dist.mean[0]
         return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float().cpu()
 
-    def _sizes(self, example: Example, fitted: Image.Image) -> Features:
+    def _sizes(self, picture: Image.Image, fitted: Image.Image) -> Features:
         """SDXL is told the picture's size, where it was cropped and what became of it, each as height, width."""
         if self.pipe.unet.config.addition_embed_type != "text_time":
             return {}
-        picture, (width, height) = example.load(), fitted.size
+        width, height = fitted.size
         scale = max(width / picture.width, height / picture.height)
         top, left = round((picture.height * scale - height) / 2), round((picture.width * scale - width) / 2)
         return {"time_ids": torch.tensor([picture.height, picture.width, top, left, height, width]).float()}
@@ -242,7 +266,7 @@ class DiffusionTask(Task):
     def _noise(self, z: Tensor, random: torch.Generator) -> Tensor:
         noise = torch.randn(z.shape, generator=random)
         if self.config.noise_offset:
-            noise = noise + self.config.noise_offset * torch.randn(z.shape[0], 1, 1, generator=random)
+            noise = noise + self.config.noise_offset * torch.randn(*z.shape[:-2], 1, 1, generator=random)
         return noise
 
     def _encoded(self, batch: Features) -> Features:
@@ -419,6 +443,105 @@ class IPAdapterTask(DiffusionTask):
 
     def save(self, folder: Path) -> None:
         self.adapter.save_pretrained(folder / "ip_adapter.safetensors")
+
+
+class MotionTask(DiffusionTask):
+    """A motion module on the frozen base (2307.04725). A row of a batch is a clip: its frames have a noise each, and
+    one time and one text together (section 4.2)."""
+
+    kind = "clips"
+
+    def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
+        super().__init__(config, pipe)
+        unet = self.pipe.unet
+        if config.start is not None:
+            self.motion = MotionAdapter.from_pretrained(config.start, dtype=torch.float32)
+            places = self.motion.config["motion_max_seq_length"]
+            if places is not None and places < config.frames:
+                raise MahlstickError(f"frames: {config.start} tells {places} apart, not {config.frames}; give fewer")
+        else:
+            heads = heads_of(unet, pairs=config.positions == "rotary")
+            self.motion = MotionAdapter.from_unet(
+                unet, config.frames, positions=config.positions, heads=heads, norm=config.norm
+            ).float()
+        self.motion.requires_grad_(True)
+        self.attachment = self.motion.attach(unet, config.frames)
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> list[Example]:
+        return data.read_dataset(config.data, kind=cls.kind)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"frames": self.config.frames, "fps": self.config.fps, "longest": LONGEST}
+
+    def alike(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
+        """As many frames as are drawn have all clips."""
+        return super().alike({**shapes, "latents": shapes["latents"][1:]})
+
+    def _seen(self, example: Example) -> Features:
+        """All frames' latents (frames, channels, h, w). Raises ``MahlstickError`` for a clip that is too short."""
+        sizes, latents, wanted = Features(), list[Tensor](), self.config.frames
+        for frame, fitted in self._clip(example, LONGEST):
+            sizes = sizes or self._sizes(frame, fitted)
+            latents.append(self._latents(fitted))
+        if len(latents) < wanted:
+            raise MahlstickError(
+                f"{example.name!r} has {len(latents)} of {wanted} frames; give fewer --frames, or a higher --fps"
+            )
+        return {"latents": torch.stack(latents), **sizes}
+
+    def _clip(self, example: Example, most: int) -> Iterator[tuple[Image.Image, Image.Image]]:
+        """The first frames, each as it is and at the size of the clip's bucket."""
+        size = None
+        for frame in islice(example.frames(self.config.fps), most):
+            size = size or data.nearest_bucket(frame.size, self.buckets)
+            yield frame, data.fit(frame, size)
+
+    def draw(self, features: Features, random: torch.Generator) -> Features:
+        """Some of the clip, as long as a batch has it."""
+        latents, frames = features["latents"], self.config.frames
+        first = int(torch.randint(len(latents) - frames + 1, (), generator=random))
+        return super().draw(features | {"latents": latents[first : first + frames]}, random)
+
+    def forward(self, batch: Features) -> Tensor:
+        frames = self.config.frames
+        rows = {
+            name: value.flatten(0, 1) if name in ("latents", "noise") else value.repeat_interleave(frames, dim=0)
+            for name, value in batch.items()
+        }
+        return super().forward(rows).view(-1, frames).mean(dim=1)
+
+    def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
+        return cast(Tensor, self.pipe.unet(noised, t, **arguments).sample)
+
+    def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
+        """Rows of frames of a clip and of the true one; how much the clips move, against the true ones."""
+        rows, moved = [], []
+        self.attachment.detach()
+        try:
+            for seed, example in enumerate(examples):
+                true = [fitted for _, fitted in self._clip(example, self.config.frames)]
+                made = self._animate(example, true[0].size, seed)
+                rows.append([*evenly(made, SHOWN), *evenly(true, SHOWN)])
+                moved.append([measure_clip(clip) for clip in (made, true)])
+        finally:
+            self.attachment = self.motion.attach(self.pipe.unet, self.config.frames)
+        figures = {}
+        for name in ("motion", "change"):
+            ours, theirs = (sum(getattr(clip, name) for clip in clips) for clips in zip(*moved, strict=True))
+            if theirs:
+                figures[f"{name}_ratio"] = ours / theirs
+        return figures, rows
+
+    def _animate(self, example: Example, size: tuple[int, int], seed: int) -> list[Image.Image]:
+        """A clip by the pipeline under the module, with the example's first caption."""
+        frames = self.config.frames
+        seeds = range(seed * frames, (seed + 1) * frames)
+        return draw(self.pipe, [example.captions[0]] * frames, seeds, size, [Motion(self.motion, frames)],
+                    steps=SAMPLE_STEPS, guidance=guidance_of(self.config.base))  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        self.motion.save_pretrained(folder)
 
 
 class BaseTask(DiffusionTask):
@@ -666,6 +789,7 @@ class CLIPTask(Task):
 TASKS: dict[str, type[Task]] = {
     "controlnet": ControlNetTask,
     "ip-adapter": IPAdapterTask,
+    "motion": MotionTask,
     "lora": LoraTask,
     "base": BaseTask,
     "vae": VAETask,
@@ -691,6 +815,19 @@ def to_tensor(picture: Image.Image) -> Tensor:
 def to_picture(x: Tensor) -> Image.Image:
     """Of (3, H, W) in [−1, 1]."""
     return Image.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def heads_of(unet: Any, pairs: bool = False) -> int:
+    """As many heads as divide all of its widths, up to the eight of AnimateDiff; in ``pairs`` of channels, which rotary
+    positions turn."""
+    widths = [width // 2 if pairs else width for width in unet.config.block_out_channels]
+    return max(heads for heads in range(1, 9) if not any(width % heads for width in widths))
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of the items, or all, at even distances from the first on."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def vocabulary(tokenizer: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mahlstick.adapters.formats import controlnet, motion, motion_lora
+from mahlstick.adapters.formats import controlnet, motion, motion_lora, sparse_control
 from mahlstick.adapters.formats.bases import base_by_widths, base_of, cross_attention_widths, require_fit
 from mahlstick.adapters.formats.checkpoint import (
     METADATA_KEY,
@@ -30,7 +30,16 @@ from mahlstick.adapters.formats.checkpoint import (
 from mahlstick.adapters.formats.layouts import KINDS, Kind, Layout, recognise
 from mahlstick.errors import MahlstickError
 
-__all__ = ["Info", "check_heads", "cross_attention_widths", "inspect", "read", "read_motion_lora", "require_fit", "write"]
+__all__ = [
+    "Info",
+    "check_heads",
+    "cross_attention_widths",
+    "inspect",
+    "read",
+    "read_motion_lora",
+    "require_fit",
+    "write",
+]
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,8 @@ def write(
         state_dict = {f"control_model.{name}": value for name, value in translated.items()}
     if kind == "motion_adapter" and layout == "original":
         state_dict = motion.to_original(state_dict)
+    if kind == "sparse_controlnet" and layout == "original":
+        state_dict = sparse_control.to_original(state_dict)
     file = target if target.suffix == ".safetensors" else target / f"{kind}.safetensors"
     return save_tensors(file, state_dict, whole)
 

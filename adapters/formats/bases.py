@@ -10,7 +10,12 @@ from mahlstick.errors import MahlstickError
 BASE_NAMES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "unknown": "another base"}
 _BY_CROSS_ATTENTION = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _BY_WIDTHS = {(320, 640, 1280, 1280): "sd1", (320, 640, 1280): "sdxl"}
-_KIND_NAMES = {"controlnet": "ControlNet", "ip_adapter": "IP-Adapter", "motion_adapter": "motion module"}
+_KIND_NAMES = {
+    "controlnet": "ControlNet",
+    "sparse_controlnet": "SparseCtrl encoder",
+    "ip_adapter": "IP-Adapter",
+    "motion_adapter": "motion module",
+}
 
 
 def base_of(cross_attention_dim: int | None, added_conditions: bool = False) -> str:
@@ -92,6 +97,7 @@ def _motion_differences(config: Mapping[str, Any], unet_config: Mapping[str, Any
 
 _DIFFERENCES = {
     "controlnet": _controlnet_differences,
+    "sparse_controlnet": _controlnet_differences,
     "ip_adapter": _ip_adapter_differences,
     "motion_adapter": _motion_differences,
 }

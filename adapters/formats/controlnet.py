@@ -174,17 +174,21 @@ def config_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[s
 
 
 def expected(config: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a ControlNetModel of this config; raises MahlstickError for a config that
-    makes none.
-    """
-    from diffusers import ControlNetModel
+    """Name and shape of every tensor of a ControlNetModel of this config."""
+    return shapes_of("ControlNetModel", config)
+
+
+def shapes_of(class_name: str, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a model of diffusers; raises MahlstickError for a config that makes none."""
+    import diffusers
 
     fields = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
         with torch.device("meta"):
-            return {name: value.shape for name, value in ControlNetModel(**fields).state_dict().items()}
+            model = getattr(diffusers, class_name)(**fields)
     except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise MahlstickError(f"its config makes no ControlNet ({_first_line(error)})") from error
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def check_heads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mahlstick.adapters.formats import controlnet, ip_adapter, motion
+from mahlstick.adapters.formats import controlnet, ip_adapter, motion, sparse_control
 
 Translate = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -69,6 +69,14 @@ KINDS = {
         controlnet.expected,
         controlnet.check_heads,
     ),
+    "sparse_controlnet": Kind(
+        "a SparseCtrl encoder",
+        "SparseControlNetModel",
+        "controlnet_cond_embedding.* and motion_modules.*",
+        sparse_control.config_of,
+        sparse_control.expected,
+        sparse_control.check_heads,
+    ),
     "ip_adapter": Kind(
         "an IP-Adapter",
         "IPAdapter",
@@ -92,7 +100,10 @@ _NOT_YET = "this kind is not supported"
 _CONTROLNET = "load it with ControlNet.from_pretrained"
 _MOTION = "load it with MotionAdapter.from_pretrained"
 _MOTION_LORA = ("a motion LoRA", "merge it into a motion module with module.with_lora(path)")
+_ANY = "load it with load_adapter"
 _IP_ADAPTER = "load it with IPAdapter.from_pretrained"
+
+_SPARSE = r"controlnet_(cond_embedding|down_blocks)\."
 
 # The first match counts, so what holds another's keys and more stands before it.
 LAYOUTS = (
@@ -107,11 +118,21 @@ LAYOUTS = (
     ),
     Layout("controlnet_xs", "diffusers", (r"control_to_base|ctrl_to_base",), "a ControlNet-XS", _NOT_YET),
     Layout(
-        "sparse_ctrl",
-        "diffusers",
-        (r"controlnet_(cond_embedding|down_blocks)\.|input_hint_block\.", r"motion_modules\."),
+        "sparse_controlnet",
+        "original",
+        (_SPARSE, r"motion_modules\.\d+\.temporal_transformer\."),
         "a SparseCtrl encoder",
-        f"{_NOT_YET}, load it with diffusers' SparseControlNetModel",
+        _ANY,
+        sparse_control.from_original,
+        implies={"norm": "frame"},
+    ),
+    Layout(
+        "sparse_controlnet",
+        "diffusers",
+        (_SPARSE, r"motion_modules\."),
+        "a SparseCtrl encoder",
+        _ANY,
+        dict,
     ),
     Layout(
         "controlnet_transformer",

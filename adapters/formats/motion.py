@@ -61,19 +61,26 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def original_name(name: str) -> str | None:
+    """diffusers' name of a motion module's weight as AnimateDiff's; None for other weights."""
+    place = _PLACE.match(name)
+    if place is None:
+        return None
+    inside = name[place.end() :]
+    for theirs, ours in _ORIGINAL.items():
+        inside = re.sub(rf"(?<=\.){re.escape(ours)}(?=\.)", theirs, inside)
+    return f"{place[0]}temporal_transformer.{inside}"
+
+
 def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Back to AnimateDiff's names, with the table of positions in both attentions."""
     renamed = {}
     for name, value in state_dict.items():
-        place = _PLACE.match(name)
-        assert place is not None
-        inside = name[place.end() :]
-        for theirs, ours in _ORIGINAL.items():
-            inside = re.sub(rf"(?<=\.){re.escape(ours)}(?=\.)", theirs, inside)
-        renamed[f"{place[0]}temporal_transformer.{inside}"] = value
-        if "pos_encoder" in inside:
-            second = inside.replace("attention_blocks.0.", "attention_blocks.1.")
-            renamed[f"{place[0]}temporal_transformer.{second}"] = value
+        theirs = original_name(name)
+        assert theirs is not None
+        renamed[theirs] = value
+        if "pos_encoder" in theirs:
+            renamed[theirs.replace("attention_blocks.0.", "attention_blocks.1.")] = value
     return renamed
 
 

@@ -246,6 +246,181 @@ def _image_prompt(text: str) -> dict[str, Any]:
 
 
 @app.command()
+def animate(
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to paint; (word:1.3) weighs a word more.")
+    ] = None,
+    prompt_at: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FRAME=PROMPT", help="From this frame on another prompt. May be repeated."),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
+    base: Base = None,
+    base_config: BaseConfig = None,
+    motion: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE", help="Path or hub id of a motion module; left out, the embedded one."),
+    ] = None,
+    motion_lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="Such as a camera's movement. May be repeated.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="How many; left out, those of --init or of a control video, else 16.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second; left out, those of --init or of a control video, else 8.")
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NET[@ANNOTATOR]=VIDEO[:SCALE]",
+            help="Follow a video, a folder of frames or one picture; with @canny the annotator draws each frame. May be"
+            " repeated.",
+        ),
+    ] = None,
+    image_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[ADAPTER=]PICTURE[:SCALE]",
+            help="Take after a reference picture, or each frame after its own of a video. May be repeated.",
+        ),
+    ] = None,
+    image_encoder: ImageEncoder = None,
+    init: Annotated[str | None, typer.Option(metavar="VIDEO", help="Repaint this video.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --init is repainted, 0 to 1.")] = None,
+    audio: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep this file's sound; left out, that of --init.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Frames of a window over a long clip.  [default: 16]")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Frames that two windows share; left out, a quarter.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="uniform, static, or looped: the end flows into the beginning."),
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="In place of windows stretch positions: interpolate, ntk or repeat."),
+    ] = None,
+    free_noise: Annotated[
+        bool | None,
+        typer.Option(
+            "--free-noise/--no-free-noise",
+            help="Begin all windows from the same noise, shuffled; default for long clips.",
+        ),
+    ] = None,
+    free_init: Annotated[int | None, typer.Option(help="Passes more, each of which makes the clip steadier.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same clip.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; left out, the base's own.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="euler, euler_a, ddim, dpm++_2m_karras, unipc, ...")] = None,
+    request: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Read a JSON request, or that of a clip; options given beside it win."),
+    ] = None,
+    save_request: Annotated[str | None, typer.Option(metavar="FILE", help="Write the request as JSON.")] = None,
+    out: Annotated[
+        str, typer.Option(help="A .mp4, .webm, .gif or .webp, which is replaced, or a new folder for the frames.")
+    ] = "out.mp4",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_output: Json = False,
+) -> None:
+    """Make a clip, of any length, from a prompt, videos, drawings and references.
+
+    Examples:
+
+      mahlstick animate -p "3D running shoe" --frames 16 --out clip.gif
+
+      mahlstick animate -p "a fox in spring" --prompt-at "32=a fox in winter" --frames 64 --out clip.mp4
+
+      mahlstick animate -p "red penguin" --control canny@canny=walk.mp4:0.9 --out penguin.mp4
+
+    The file carries the request: mahlstick animate --request clip.mp4 makes it again.
+    """
+    given = {
+        "prompt": prompt,
+        "prompts": dict(_prompt_at(text) for text in prompt_at or []) or None,
+        "negative_prompt": negative,
+        "base": base,
+        "base_config": base_config,
+        "motion": motion,
+        "motion_loras": [_motion_lora(text) for text in motion_lora or []],
+        "frames": frames,
+        "fps": fps,
+        "controls": [_control(text) for text in control or []],
+        "image_prompts": [{**_image_prompt(text), "image_encoder": image_encoder} for text in image_prompt or []],
+        "init": init,
+        "strength": strength,
+        "audio": audio,
+        "context": context,
+        "overlap": overlap,
+        "schedule": schedule,
+        "extend": extend,
+        "free_noise": free_noise,
+        "free_init": free_init,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        **_size(size),
+    }
+    fields = {**_clip_fields(request), **{name: value for name, value in given.items() if value not in (None, [])}}
+    if "prompt" not in fields:
+        raise MahlstickError('--prompt is missing; say what to paint, e.g. --prompt "3D running shoe"')
+    _animate(fields, out, save_request, device, dtype, json_output)
+
+
+def _animate(
+    fields: dict[str, Any], out: str, save_request: str | None, device: str | None, dtype: str | None, as_json: bool
+) -> None:
+    from mahlstick.pipelines.request import VideoRequest
+
+    asked = VideoRequest(**fields)
+    from mahlstick.pipelines.animate import animate as make
+
+    _quiet_libraries()
+    made = make(asked, out, device=device, dtype=dtype, progress=sys.stderr.isatty() and not as_json)
+    if save_request is not None:
+        asked.save(save_request)
+    settled, figures = made.request, made.figures.to_dict()
+    if as_json:
+        facts = {"path": str(made.path), "frames": settled.frames, "fps": settled.fps, "seed": settled.seed}
+        typer.echo(json.dumps(facts | {"windows": made.windows, "figures": figures}))
+        return
+    windows = f", in windows of {made.windows[0]} that share {made.windows[1]}" if made.windows else ""
+    typer.echo(f"{made.path}  {settled.frames} frames, {settled.fps:g} a second, seed {settled.seed}{windows}")
+    typer.echo("  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None))
+
+
+def _clip_fields(request: str | None) -> dict[str, Any]:
+    """The fields of a request in a JSON file, or in a clip's comment."""
+    if request is None or request.lower().endswith(".json"):
+        return _fields(request)
+    from mahlstick.pipelines.video import video_comment
+
+    try:
+        fields = json.loads(video_comment(request) or "")
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict) or "prompt" not in fields:
+        raise MahlstickError(f"--request {request}: holds no request; give a JSON file, or a clip that mahlstick made")
+    return fields
+
+
+def _prompt_at(text: str) -> tuple[int, str]:
+    frame, equals, prompt = text.partition("=")
+    if not (equals and prompt and frame.strip().isdecimal()):
+        raise MahlstickError(f"--prompt-at {text}: give FRAME=PROMPT, e.g. 32=a fox in winter")
+    return int(frame), prompt
+
+
+def _motion_lora(text: str) -> dict[str, Any]:
+    spec = _picture_and_scale(text)
+    return {"path": spec.pop("picture"), **spec}
+
+
+@app.command()
 def annotate(
     name: Annotated[str | None, typer.Argument(help="An annotator; --list shows them.")] = None,
     picture: Annotated[str | None, typer.Argument(help="The picture to turn into a control picture.")] = None,
@@ -450,7 +625,9 @@ def train(context: typer.Context) -> None:
 def evaluate(
     pictures: Annotated[
         str | None,
-        typer.Option("--data", metavar="FOLDER", help="True pictures with captions that no training has seen."),
+        typer.Option(
+            "--data", metavar="FOLDER", help="True pictures, or clips, with captions that no training has seen."
+        ),
     ] = None,
     control: Annotated[
         str | None,
@@ -461,6 +638,14 @@ def evaluate(
     ] = None,
     image_prompt: Annotated[
         str | None, typer.Option(metavar="ADAPTER[:SCALE]", help="An IP-Adapter; 'ip-adapter' is the embedded one.")
+    ] = None,
+    motion: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE[:SCALE]", help="A motion module, which makes clips; 'motion' is the embedded one."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a clip, with --motion.  [default: 16]")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second to take from videos, with --motion.  [default: 8]")
     ] = None,
     base: Base = None,
     base_config: BaseConfig = None,
@@ -489,7 +674,7 @@ def evaluate(
     features: Annotated[
         str | None, typer.Option(metavar="NETWORK", help="Folder or hub id of a vision model, for likeness and FID.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="How many of the pictures; left out, all.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many of the pictures or clips; left out, all.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels of a side; left out, the base's own.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures at once.  [default: 4]")] = None,
     steps: Steps = None,
@@ -504,7 +689,8 @@ def evaluate(
 
     Makes each picture of a folder again from its caption, without the adapter and with it, and compares both with the
     true one: does the result keep the control, show the words, resemble the reference? Without an adapter it judges
-    the base alone.
+    the base alone. Clips are made with a motion module and compared with the true ones: do they move as much and as
+    steadily?
 
     Examples:
 
@@ -515,6 +701,8 @@ def evaluate(
       mahlstick evaluate --data held_out --image-prompt my_ip --judge my_clip
 
       mahlstick evaluate --data held_out --base my_base --classifier my_classifier
+
+      mahlstick evaluate --data held_out_clips --motion my_motion
 
     The folder of the report holds report.md, contact_sheet.png, figures.json, report.jsonl and all pictures. Given
     again, the command goes on where it stopped. docs/evaluate.md says how to read it.
@@ -529,6 +717,8 @@ def evaluate(
         "control_pictures": control_pictures,
         "references": references,
         "image_encoder": image_encoder,
+        "frames": frames,
+        "fps": fps,
         "judge": judge,
         "classifier": classifier,
         "features": features,
@@ -541,6 +731,7 @@ def evaluate(
         "out": out,
         **_evaluated("control", control),
         **_evaluated("image_prompt", image_prompt),
+        **_evaluated("motion", motion),
     }
     from mahlstick.training.evaluate import EvaluateConfig
     from mahlstick.training.evaluate import evaluate as measure

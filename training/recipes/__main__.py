@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mahlstick.errors import MahlstickError
-from mahlstick.training.recipes import assemble, card, emoji, examples, gallery, judge, models
+from mahlstick.training.recipes import assemble, card, clips, emoji, examples, gallery, judge, models
 from mahlstick.training.recipes.drawings import on_white
 from mahlstick.training.recipes.figures import measure
 from mahlstick.training.recipes.packages import SHADED
@@ -27,6 +27,7 @@ JUDGED = {"concepts": "concept", "styles": "style", "colours": "colour"}
 
 STAGES = {
     "pictures": "fetch the packages with npm and write the folders of pictures",
+    "clips": "fetch the packages of animations with npm (730 MB, one at a time) and write the folders of clips",
     "judges": "teach MobileNetV2 to name concepts, styles and colours of real pictures",
     "start": "write the model to begin with: fresh nets, or the UNet and the text encoder of --known",
     "adopt-vae": "put the trained VAE into the model, and --known's UNet, translated to its latents",
@@ -48,6 +49,7 @@ ORDER = """pictures, judges, start,
   mahlstick train --config training/recipes/clip.toml, adopt-clip,
   mahlstick train --config training/recipes/base.toml, adopt-base,
   the same with controlnet.toml, ip-adapter.toml and ip-adapter-plus.toml,
+  clips, mahlstick train --config training/recipes/motion.toml,
   examples, assemble, figures, card, gallery.
 
 All of it lies in .cache/recipes below the folder where the commands are given. What was trained on an earlier model of
@@ -87,6 +89,8 @@ def do(args: argparse.Namespace) -> None:
     model, stage, figures = CACHE / "model", args.stage, ASSETS / "embedded" / "figures.json"
     if stage == "pictures":
         emoji.write(emoji.load(CACHE), CACHE / "pictures")
+    elif stage == "clips":
+        clips.write(CACHE, emoji.load(CACHE).concepts)
     elif stage == "judges":
         teach_judges()
     elif stage == "start":

@@ -21,6 +21,7 @@ LICENCES = {
     "@iconify-json/noto": "Apache-2.0 (Noto Emoji by Google)",
     "@iconify-json/twemoji": "CC-BY-4.0 (Twemoji by Twitter and contributors)",
     packages.WORDS: "MIT (labels and tags)",
+    **dict.fromkeys(packages.CLIPS, "MIT (Fluent Emoji by Microsoft)"),
 }
 
 # What is told of each evaluation: its name, the measure, and a sentence

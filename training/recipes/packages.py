@@ -31,6 +31,7 @@ PACKAGES = {
     "twemoji": "@iconify-json/twemoji",
 }
 STYLES = tuple(PACKAGES)
+CLIPS = tuple(f"@lobehub/fluent-emoji-anim-{number}" for number in range(1, 5))  # the shaded style in motion
 VERSIONS = {
     "@lobehub/fluent-emoji-3d": "1.1.0",
     "@iconify-json/fluent-emoji": "1.2.7",
@@ -39,6 +40,7 @@ VERSIONS = {
     "@iconify-json/noto": "1.2.9",
     "@iconify-json/twemoji": "1.2.5",
     WORDS: "17.0.0",
+    **dict.fromkeys(CLIPS, "1.0.0"),
 }
 
 # emojibase's subgroups to learn from: things with a shape of their own. People, flags, signs and clock faces stay out.
@@ -73,6 +75,7 @@ PROTECTED = re.compile(
 )
 # Never mirrored: these have letters or digits, or close to one side.
 ONE_WAY = re.compile(r"taxi|^bus$|ambulance|police car$|fire engine|slot machine|salt|kimono|martial arts|game die")
+SKIN_TONE = re.compile("1f3f[b-f]")  # in a code point sequence
 HELD_OUT_SHARE = 12  # one in so many of the other concepts is kept out of all training
 
 
