@@ -325,7 +325,7 @@ class ControlAttachment(Attachment):
     ) -> tuple[list[Tensor], Tensor]:
         sample = arguments["sample"]
         batch, dtype = sample.shape[0], sample.dtype
-        hint = spread(self._encoded_hint(*sample.shape[-2:]), batch, parts)
+        hint = self._rows(self._encoded_hint(*sample.shape[-2:]), batch, parts)
         net = self.adapter
         call = {name: _take(arguments.get(name), rows, batch, net.dtype) for name in _CALL}
         call["added_cond_kwargs"] = {
@@ -338,12 +338,21 @@ class ControlAttachment(Attachment):
             call.pop("encoder_hidden_states"),
             _take(hint, rows, batch, net.dtype),
             **call,
+            **self._more(batch // len(parts or ("all",))),
         )
         dosed = [
             self._dose(residual, gain, rows, batch, parts).to(dtype)
             for residual, gain in zip([*down, mid], self.gains, strict=True)
         ]
         return dosed[:-1], dosed[-1]
+
+    def _rows(self, hint: Tensor, batch: int, parts: tuple[str, ...] | None) -> Tensor:
+        """The encoded hint of every row of the batch."""
+        return spread(hint, batch, parts)
+
+    def _more(self, pictures: int) -> dict[str, Any]:
+        """What else the net wants to know of a call with so many pictures in each part of the batch."""
+        return {}
 
     def _dose(
         self, residual: Tensor, gain: float, rows: list[int] | None, batch: int, parts: tuple[str, ...] | None
@@ -375,9 +384,12 @@ class ControlAttachment(Attachment):
                 "are made: "
                 f"give (n, {image.shape[1]}, {size[0]}, {size[1]}), or a PIL picture of any size."
             )
-        hint = net.encode_hint(image)
+        hint = self._encode(image)
         self._hint = None if torch.is_grad_enabled() else (key, hint)
         return hint
+
+    def _encode(self, image: Tensor) -> Tensor:
+        return self.adapter.encode_hint(image)
 
 
 def shown(rows: Tensor, excerpt: Excerpt | None) -> Tensor:

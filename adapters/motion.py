@@ -7,6 +7,7 @@ where the blocks attend along the frames at every place of the picture, and proj
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
@@ -260,7 +261,7 @@ class MotionAttachment(Attachment):
         if frames is not None and (not isinstance(frames, int) or frames < 1):
             raise MahlstickError(f"frames must be a whole number of at least 1; got {frames!r}.")
         self.places: int | None = adapter.config["motion_max_seq_length"] if extend == "none" else None
-        self.given = context is not None
+        self.given, self._told = context is not None, False
         length = context if context is not None else min(TRAINED, self.places or TRAINED)
         if context is not None and self.places is not None and context > self.places:
             raise positions.too_many(context, self.places)
@@ -295,6 +296,7 @@ class MotionAttachment(Attachment):
         whole = self._pictures(arguments)
         frames = self._frames(whole)
         windows = [list(range(frames))]
+        self._tell(frames)
         if self.windowed(frames) and self.acts and self.window.holds(self.clock, arguments["timestep"]):
             windows = self.context.windows(frames, step_of(self.clock, arguments["timestep"]))
         if len(windows) == 1 and arguments["encoder_hidden_states"].shape[0] == arguments["sample"].shape[0]:
@@ -302,6 +304,17 @@ class MotionAttachment(Attachment):
         starts = range(0, whole, frames)
         clips = [tuple(start + frame for start in starts for frame in window) for window in windows]
         return [Excerpt(clip, whole, len(window)) for clip, window in zip(clips, windows, strict=True)]
+
+    def _tell(self, frames: int) -> None:
+        """Say once that windows were chosen that nobody asked for."""
+        if self.windowed(frames) and not self.given and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{frames} frames are more than the {self.places} that this motion module knows, so they are made in "
+                f"windows of {self.context.length} that share {self.context.overlap}; context= and overlap= choose "
+                "others",
+                stacklevel=2,
+            )
 
     def windowed(self, frames: int) -> bool:
         """Whether a clip of so many frames is made in windows."""

@@ -7,16 +7,19 @@ motion modules with one attention each carry it to the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Never, cast
+from typing import TYPE_CHECKING, Any, Never, cast
 
 import torch
 from torch import Tensor, nn
 
-from mahlstick.adapters.base import Timestep
-from mahlstick.adapters.controlnet import ControlNet, _bias, zero
+from mahlstick.adapters.base import Clock, Excerpt, Timestep, Window
+from mahlstick.adapters.controlnet import ControlAttachment, ControlNet, Mode, Picture, _bias, zero
 from mahlstick.adapters.formats.bases import per_level
 from mahlstick.adapters.motion import TemporalTransformer
 from mahlstick.errors import MahlstickError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 class SparseControlNet(ControlNet):
@@ -118,6 +121,22 @@ class SparseControlNet(ControlNet):
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return down, self.controlnet_mid_block(hidden)
 
+    def attach(
+        self,
+        unet: UNet2DConditionModel,
+        image: Tensor | Picture,
+        places: Sequence[int] | None = None,
+        frames: int | None = None,
+        *,
+        scale: float | Sequence[float] = 1.0,
+        mask: Tensor | None = None,
+        mode: Mode = "balanced",
+        window: Window | None = None,
+        clock: Clock | None = None,
+    ) -> SparseAttachment:
+        """Clip the encoder on ``unet`` with conditions at some ``places`` of a clip; see `SparseAttachment`."""
+        return SparseAttachment(self, unet, image, places, frames, scale, mask, mode, window, clock).fasten()
+
     def _block(self, block: Any, hidden: Tensor, emb: Tensor, context: dict[str, Any], frames: int) -> list[Tensor]:
         """What each layer of a level gives, and its downsampler."""
         outputs = []
@@ -131,6 +150,56 @@ class SparseControlNet(ControlNet):
         for downsampler in block.downsamplers or ():
             outputs.append(downsampler(outputs[-1]))
         return outputs
+
+
+class SparseAttachment(ControlAttachment):
+    """A SparseCtrl encoder clipped on a UNet: control pictures at some frames of every clip.
+
+    ``image``: the conditions, in pixels or latents, see `SparseControlNet.encode_hint`; ``places``: their frames.
+    ``frames``: of a clip, as for a motion module; None takes each part of the batch for one clip.
+    """
+
+    adapter: SparseControlNet
+
+    def __init__(
+        self,
+        net: SparseControlNet,
+        unet: UNet2DConditionModel,
+        image: Tensor | Picture,
+        places: Sequence[int] | None = None,
+        frames: int | None = None,
+        scale: float | Sequence[float] = 1.0,
+        mask: Tensor | None = None,
+        mode: Mode = "balanced",
+        window: Window | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        def given(height: int, width: int, excerpt: Excerpt | None) -> Tensor:
+            return image(height, width, None) if callable(image) else image  # all of them, whatever a window shows
+
+        super().__init__(net, unet, given, scale, mask, mode, window, clock)
+        self.places, self.frames = places, frames
+
+    def _encode(self, image: Tensor) -> Tensor:
+        return self.adapter.encode_given(image)
+
+    def _rows(self, hint: Tensor, batch: int, parts: tuple[str, ...] | None) -> Tensor:
+        count = len(parts or ("all",))
+        whole = self.excerpt.whole if self.excerpt is not None else batch // count
+        frames = self._clip(whole)
+        rows = rows_of(hint.shape[0] - 1, self.places, frames) * (whole // frames)
+        if self.excerpt is not None:
+            rows = [rows[picture] for picture in self.excerpt.pictures]
+        return hint[rows * count]
+
+    def _more(self, pictures: int) -> dict[str, Any]:
+        return {"frames": self.excerpt.length if self.excerpt is not None else self._clip(pictures)}
+
+    def _clip(self, pictures: int) -> int:
+        frames = self.frames or pictures
+        if pictures % frames:
+            raise MahlstickError(f"{pictures} pictures are no clips of {frames} frames: give the length of a clip.")
+        return frames
 
 
 def _motion_config(config: dict[str, Any], heads: int, depth: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mahlstick.adapters.controlnet import ControlAttachment, ControlNet, Mode, s
 from mahlstick.adapters.ip_adapter import Blocks, ImageAttachment, IPAdapter
 from mahlstick.adapters.motion import MotionAdapter, MotionAttachment, Norm
 from mahlstick.adapters.positions import Extension, sample_sparsely
+from mahlstick.adapters.sparse_control import SparseAttachment, SparseControlNet
 from mahlstick.adapters.travel import TextAttachment
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.prompts import embeddings
@@ -53,6 +54,8 @@ class Control(Unit):
     ``scale``: a number, or one for each residual in the order of the network, the middle block last.
     ``start``, ``end``: fractions of the steps, or of the noise schedule with ``window="noise"``.
     ``mask``: 1 or white where the unit acts. ``mode``: ``balanced``, ``prompt``, ``control`` or ``guess``.
+    A SparseCtrl encoder has pictures of some frames of a clip: ``frames`` says of which (negative ones from the end),
+    ``clip`` how many a clip has, left out all of the call's.
     """
 
     net: ControlNet
@@ -64,20 +67,21 @@ class Control(Unit):
     mode: Mode = "balanced"
     resize: pictures.ResizeMode = "stretch"
     window: Literal["steps", "noise"] = "steps"
+    frames: Sequence[int] | None = None
+    clip: int | None = None
 
     def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> ControlAttachment:
         if not isinstance(self.net, ControlNet):
             raise MahlstickError(f"Control takes a ControlNet; got {type(self.net).__name__}.")
-        return ControlAttachment(
-            self.net,
-            unet,
-            _Resized(self.image, self.resize),
-            self.scale,
-            as_mask(self.mask),
-            self.mode,
-            Window(self.start, self.end, self.window),
-            clock,
-        )
+        image = _Resized(self.image, self.resize)
+        mask, window = as_mask(self.mask), Window(self.start, self.end, self.window)
+        if isinstance(self.net, SparseControlNet):
+            given = _Latents(image, getattr(pipe, "vae", None)) if self.net.takes_latents else image
+            where = (self.frames, self.clip)
+            return SparseAttachment(self.net, unet, given, *where, self.scale, mask, self.mode, window, clock)
+        if self.frames is not None or self.clip is not None:
+            raise MahlstickError("frames= and clip= are for a SparseCtrl encoder: a ControlNet has no frames.")
+        return ControlAttachment(self.net, unet, image, self.scale, mask, self.mode, window, clock)
 
 
 @dataclass(eq=False)
@@ -262,6 +266,36 @@ class _Resized:
                 )
         sized = [pictures.resize(picture, (width, height), self.mode) for picture in seen]
         return torch.stack([_to_tensor(picture) for picture in sized])
+
+
+class _Latents:
+    """Control pictures as the latents that a SparseCtrl encoder for colour pictures takes, made once for each size.
+
+    They are the mean of what the VAE's encoder gives; the original and diffusers draw from it. A tensor of latents is
+    used as it is.
+    """
+
+    def __init__(self, image: _Resized, vae: Any) -> None:
+        self.image, self.vae = image, vae
+        self._made: dict[tuple[int, int], Tensor] = {}
+        self.given = image.tensor if image.tensor is not None and image.tensor.shape[1] != 3 else None
+        if self.given is None and vae is None:
+            raise MahlstickError(
+                "this SparseCtrl encoder takes latents: attach to a pipeline, whose VAE makes them, or give them as a "
+                "tensor."
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def __call__(self, height: int, width: int, excerpt: Excerpt | None) -> Tensor:
+        if self.given is not None:
+            return self.given
+        if (height, width) not in self._made:
+            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            picture = self.image(height * factor, width * factor, None).to(self.vae.device, self.vae.dtype)
+            latents = self.vae.encode(2 * picture - 1).latent_dist.mode()
+            self._made[height, width] = latents * self.vae.config.scaling_factor
+        return self._made[height, width]
 
 
 class _References:

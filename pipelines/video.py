@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard, TypeVar, cast, overload
@@ -56,16 +56,16 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 _FASTEST = {".gif": 50, ".webp": 90}  # browsers play what is marked as faster at 10 frames a second
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-# Behind its header, an .mp4 may have at the beginning what a player needs; a .mov takes long texts only so.
+# With faststart, what a player needs stands before the frames; without metadata tags a .mov takes no long text.
 _CONTAINER_OPTIONS = {
     ".mp4": {"movflags": "+faststart"},
     ".mov": {"movflags": "+faststart+use_metadata_tags"},
     ".webm": {},
 }
-# What browsers play from the container, and what other sound is encoded to.
+# What players take in the container, and what other sound is encoded to.
 _SOUND = {
-    "mp4": ({"aac", "mp3", "ac3", "eac3", "alac"}, "aac"),
-    "mov": ({"aac", "mp3", "ac3", "eac3", "alac"}, "aac"),
+    "mp4": ({"aac", "mp3", "ac3", "alac"}, "aac"),
+    "mov": ({"aac", "mp3", "ac3", "alac"}, "aac"),
     "webm": ({"opus", "vorbis"}, "libopus"),
 }
 _MILLISECOND = Fraction(1, 1000)
@@ -249,17 +249,18 @@ def is_video(source: object) -> TypeGuard[PathLike]:
             return picture.format == "MPEG" or (moves and picture.n_frames > 1)
     except UnidentifiedImageError:
         return True
-    except Exception:  # a damaged picture, which opening it will tell
+    except MahlstickError:  # a damaged picture, which opening it will tell
         return False
 
 
 def video_comment(path: PathLike) -> str | None:
-    """The text that `VideoWriter` or another program left in a video; None where there is none."""
+    """The text that `VideoWriter` or another program left in a video, in a folder in its first picture.
+
+    None where there is none. Raises :class:`MahlstickError` for what is missing, damaged or no video.
+    """
     path = _existing(Path(path))
     if path.is_dir():
-        first = _picture_files(path)[0]
-        with _opened_picture(first) as picture:
-            return cast("str | None", picture.info.get(_PNG_COMMENT))
+        path = _picture_files(path)[0]
     try:
         with _opened_picture(path) as picture:
             described = str(picture.getexif().get(_EXIF_DESCRIPTION, "")).encode("latin-1", "replace")
@@ -317,9 +318,11 @@ class _Timeline:
     """
 
     def __init__(self, starts: Sequence[Fraction], end: Fraction, tick: Fraction, rates: Sequence[Fraction | None]):
-        exact = (len(starts) - 1) / starts[-1]  # without the last frame, of which some files say next to nothing
-        whole = exact.limit_denominator(1)
-        candidates = [*rates, exact.limit_denominator(8), whole, whole * Fraction(1000, 1001), exact.limit_denominator(1001)]
+        # Without the last frame, of whose time some files say next to nothing.
+        apart, seen = {later - start for start, later in pairwise(starts)}, (len(starts) - 1) / starts[-1]
+        whole, television = seen.limit_denominator(1), seen.limit_denominator(1) * Fraction(1000, 1001)
+        simplest = [seen] if len(apart) == 1 else [whole, television, *map(seen.limit_denominator, (8, 1001))]
+        candidates = [*rates, *simplest]
         # Rounded stamps are off by half a tick; by one where the first, from which the rest counts, was rounded too.
         found = (rate for off in (tick / 2, tick) for rate in candidates if rate and _is_even(starts, rate, off))
         even = next(found, None)
@@ -408,7 +411,7 @@ def _animation(path: Path) -> _Source:
                 lasts = Fraction(picture.info.get("duration") or 0).limit_denominator(1000) * _MILLISECOND
                 end += lasts if lasts > 10 * _MILLISECOND else 100 * _MILLISECOND
                 alpha = alpha or picture.has_transparency_data
-        except Exception as error:  # decoders fail on damaged files in every way there is
+        except Exception as error:  # as in `_opened_picture`
             raise _broken(path, len(starts) + 1) from error
     if _is_short(path):
         raise _broken(path, len(starts) + 1)
@@ -435,17 +438,17 @@ def _opened_picture(path: Path, formats: tuple[str, ...] | None = _ANIMATIONS) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_check_size` refuses
             picture = Image.open(path, formats=formats)
-    except UnidentifiedImageError:
+        with picture:
+            _check_size(path, picture.size)
+            yield picture
+    except (MahlstickError, UnidentifiedImageError):
         raise
     except Image.DecompressionBombError as error:
         raise _too_large(path) from error
     except PermissionError as error:
         raise MahlstickError(f"{path} may not be read; check its permissions") from error
-    except Exception as error:  # as in `_animation`
-        raise _broken(path, 1) from error
-    with picture:
-        _check_size(path, picture.size)
-        yield picture
+    except Exception as error:  # decoders fail on damaged files in every way there is
+        raise _broken(path) from error
 
 
 def _video(path: Path) -> _Source:
@@ -521,14 +524,12 @@ def _packets(path: Path, container: InputContainer, stream: VideoStream) -> tupl
     total, lasts, latest = 0, None, None
     try:
         for packet in container.demux():
-            if not packet.size:  # asks decoders for what they hold back
-                continue
             if packet.is_corrupt:
                 raise _broken(path, len(shown) + 1)
             if packet.stream_index != stream.index:
                 continue
-            total += 1
-            if packet.is_discard:
+            total += bool(packet.size) or packet.dts is not None  # the last packet is PyAV's own
+            if not packet.size or packet.is_discard:
                 continue
             shown.append(packet.pts)
             if packet.pts is not None and (latest is None or packet.pts > latest):
@@ -621,8 +622,9 @@ def _one_picture(path: Path) -> MahlstickError:
     return MahlstickError(f"{path} is one picture; give a video, an animation or a folder of frames")
 
 
-def _broken(path: Path, frame: int) -> MahlstickError:
-    return MahlstickError(f"{path} is damaged or cut off at frame {frame}; export or download it again")
+def _broken(path: Path, frame: int | None = None) -> MahlstickError:
+    where = "" if frame is None else f" at frame {frame}"
+    return MahlstickError(f"{path} is damaged or cut off{where}; export or download it again")
 
 
 def _sizes_differ(path: Path) -> MahlstickError:
@@ -718,7 +720,10 @@ class VideoWriter:
         return self
 
     def write(self, picture: PictureSource) -> None:
-        """Adds a frame. Raises :class:`MahlstickError` where it has another size, or cannot be written."""
+        """Adds a frame: any source of `load_picture`; transparency is kept of a PIL picture of mode RGBA.
+
+        Raises :class:`MahlstickError` where it has another size than the clip, or cannot be written.
+        """
         keep = self._sink.transparent and isinstance(picture, Image.Image) and picture.mode == "RGBA"
         frame = cast(Image.Image, picture) if keep else load_picture(picture, name="frame")
         if frame.size != self._clip.size:
@@ -829,7 +834,7 @@ class _WebP:
         if self._clip.comment is not None:
             exif = Image.Exif()
             exif[_EXIF_DESCRIPTION] = self._clip.comment.encode()
-            self._file.write(_chunk(b"EXIF", exif.tobytes()))
+            self._file.write(_chunk(b"EXIF", exif.tobytes().removeprefix(b"Exif\0\0")))
         size = self._file.tell()
         self._file.seek(4)
         self._file.write(struct.pack("<I", size - 8) + b"WEBP" + self._canvas())

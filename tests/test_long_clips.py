@@ -154,6 +154,18 @@ def test_up_to_the_context_it_is_the_plain_call() -> None:
 
 
 @torch.no_grad()
+def test_windows_that_nobody_asked_for_are_said() -> None:
+    unet = tiny.unet("sd1")
+    with ms.attach(unet, ms.Motion(trained(unet))) as attached, pytest.warns(UserWarning) as told:
+        for _ in range(2):
+            unet(**tiny.unet_inputs("sd1", batch=9))
+    assert [str(warning.message)[:86] for warning in told] == [
+        "9 frames are more than the 8 that this motion module knows, so they are made in window"
+    ]
+    assert attached.attachments[0].context == Context(8, 2)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
 def test_no_call_is_larger_than_a_window() -> None:
     """Neither the UNet's nor a ControlNet's, nor its hint's, however long the clip."""
     unet = tiny.unet("sd1")

@@ -94,7 +94,7 @@ def test_flicker_is_hardly_motion_and_motion_hardly_flicker() -> None:
     flickers = brighter([moves[0]] * 6, [0.85, 1.0] * 3)
     moving, flickering, both = (measure_clip(c) for c in (moves, flickers, brighter(moves, [0.85, 1.0] * 3)))
     assert flickering.change > 3 * moving.change, "though the pixels change more"
-    assert flickering.motion < moving.motion / 5
+    assert flickering.motion < moving.motion / 20
     assert moving.flicker < flickering.flicker / 20
     assert both.motion == pytest.approx(moving.motion, rel=0.2)
     assert both.flicker == pytest.approx(flickering.flicker, rel=0.2)
@@ -140,7 +140,7 @@ def test_figures_do_not_hang_on_the_number_of_pixels(side: int) -> None:
 def test_a_still_clip_is_still_and_so_is_a_frame() -> None:
     for frames in (1, 4):
         found = measure_clip([texture(64)] * frames, encode=ENCODE)
-        assert same(found, ClipFigures(0, 0, 0, consistency=1), absolute=3e-4), "at its rim the flow is not quite 0"
+        assert same(found, ClipFigures(0, 0, 0, consistency=1), absolute=1e-3), "at its rim the flow is not quite 0"
 
 
 @pytest.mark.parametrize("size", [(200, 1), (1, 200), (17, 31), (1, 1)])
@@ -391,7 +391,7 @@ def test_ratio_of_means(values: list[float], factor: float) -> None:
 def test_ratio_of_means_leaves_out_draws_of_nothing() -> None:
     ratio, low, high = metrics.ratio_with_interval([1, 1], [0, 1])
     assert (ratio, low, high) == (2, 1, 2)
-    with pytest.raises(MahlstickError, match="no ratio to values that are all 0"):
+    with pytest.raises(MahlstickError, match="no ratio to a mean of 0"):
         metrics.ratio_with_interval([1], [0])
 
 

@@ -329,7 +329,7 @@ def test_what_cannot_be_learned_from_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "nowhere", "does not exist")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no clips", "mp4", "folders of frames")
-    refused(lay(tmp_path / "flat", moving(1)), "flat", "a subfolder of frames for each clip")
+    refused(lay(tmp_path / "flat", moving(1)), "flat", "put the frames of each clip into a subfolder")
     lay(tmp_path / "twice" / "fox", moving(1))
     film(tmp_path / "twice" / "fox.webp", moving(1))
     refused(tmp_path / "twice", "fox.webp", "share one name")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 from mahlstick.errors import MahlstickError
@@ -22,6 +25,7 @@ from mahlstick.training.recipes import (
     assemble,
     captions,
     card,
+    clips,
     drawings,
     emoji,
     figures,
@@ -84,6 +88,78 @@ def test_folders_of_pictures(atlas: emoji.Atlas, tmp_path: Path, monkeypatch: py
     before = {path.name: path.read_bytes() for path in (tmp_path / "learn").iterdir()}
     emoji.write(atlas, tmp_path)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "learn").iterdir()}
+
+
+def animation(count: int, step: int = 6) -> bytes:
+    """A red disc that goes ``step`` pixels a frame, clear around it."""
+    frames = []
+    for i in range(count):
+        frames.append(Image.new("RGBA", (256, 256)))
+        ImageDraw.Draw(frames[-1]).ellipse((i * step, 40, i * step + 120, 160), fill="red")
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=42, lossless=True, method=0)
+    return file.getvalue()
+
+
+def pack(package: str, folder: Path, files: dict[str, bytes]) -> Path:
+    """An npm package as ``fetch`` leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tarball = folder / f"{package.removeprefix('@').replace('/', '-')}-{packages.VERSIONS[package]}.tgz"
+    with tarfile.open(tarball, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return tarball
+
+
+def lay_animations(folder: Path) -> list[Path]:
+    """Small packages of animations, and the words to them."""
+    words = [{"hexcode": code, "label": label} for code, label in (("AB-FE0F", "Lion"), ("AA", "person"))]
+    pack(packages.WORDS, folder, {"en/data.json": json.dumps(words).encode()})
+    inside = [
+        {"1-fe0f.webp": animation(25), "0.webp": animation(9), "2.webp": animation(25, step=0)},
+        {"ab-fe0f.webp": animation(6), "ab-1f3fb.webp": animation(6), "ffff.webp": animation(6)},
+        {"aa.webp": animation(6), "3.webp": animation(1)},
+        {},
+    ]
+    return [
+        pack(package, folder, {f"assets/{name}": data for name, data in files.items()})
+        for package, files in zip(packages.CLIPS, inside, strict=True)
+    ]
+
+
+def test_folders_of_clips(atlas: emoji.Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tarballs = lay_animations(tmp_path / "packages")
+    kept = tarballs[2].read_bytes()
+    tarballs[2].unlink()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(MahlstickError, match="npm is not installed"):
+        clips.write(tmp_path, atlas.concepts)
+    assert not tarballs[0].exists() and not tarballs[1].exists() and tarballs[3].exists()
+    assert not (tmp_path / "clips").exists(), "it is seen when it is whole"
+    tarballs[2].write_bytes(kept)
+    clips.write(tmp_path, atlas.concepts)  # goes on, the first two packages gone
+
+    found = {name: read_dataset(tmp_path / "clips" / name, kind="clips") for name in ("learn", "unseen")}
+    assert [example.name for example in found["learn"]] == ["1-0.webp", "1-1.webp", "1-2.webp", "ab-0.webp"]
+    assert all("thing 1" in caption for example in found["learn"][:3] for caption in example.captions)
+    assert any("red thing 1" in caption for example in found["learn"][:3] for caption in example.captions)
+    assert [(e.name, e.captions) for e in found["unseen"]] == [("0-0.webp", ("thing 0",)), ("aa-0.webp", ("person",))]
+    assert (tmp_path / "clips" / "held" / "metadata.jsonl").read_text() == ""
+    frames = [np.asarray(frame) for frame in found["learn"][0].frames(clips.RATE)]
+    assert len(frames) == clips.FRAMES and frames[0].shape == (emoji.SIZE, emoji.SIZE, 3)
+    left = [int((frame[50] < 128).any(axis=-1).argmax()) for frame in frames]
+    assert all(abs(x - 3 * (3 * i % 25)) <= 2 for i, x in enumerate(left)), "24 a second, and from the beginning again"
+
+
+def test_no_clip_to_learn_from_is_of_what_is_held_out() -> None:
+    concepts = [Concept(f"{i:x}", "thing", (), "", False) for i in range(400)]
+    for known, folder in ((True, "held"), (False, "unseen")):
+        found = [clips.folder_of(concept, known) for concept in concepts]
+        assert {*found} == {"learn", folder} and 0.06 < found.count(folder) / len(found) < 0.14
+        assert {clips.folder_of(replace(concept, held_out=True), known) for concept in concepts} == {"unseen"}
+    assert {clips.folder_of(replace(concept, label="red fox"), True) for concept in concepts} == {"learn"}
 
 
 def test_a_control_picture_lies_on_its_picture(atlas: emoji.Atlas) -> None:
@@ -207,8 +283,8 @@ def test_every_recipe_trains_from_nothing_to_the_assembled_model(
     monkeypatch.setattr(emoji, "MANY", 2)
     small = {"steps": 2, "batch": 2}
 
-    def learn(recipe: str) -> None:
-        train(TrainConfig(**read_config(str(RECIPES / f"{recipe}.toml")) | small))
+    def learn(recipe: str, **fields: int) -> None:
+        train(TrainConfig(**read_config(str(RECIPES / f"{recipe}.toml")) | small | fields))
 
     few = list(atlas.pairs(held_out=False))[30::20]
     monkeypatch.setattr(atlas, "pairs", lambda held_out, every=atlas.pairs: every(held_out) if held_out else few)
@@ -219,6 +295,9 @@ def test_every_recipe_trains_from_nothing_to_the_assembled_model(
     assert command.main(["assemble"]) == 2, "the adapters are not there yet"
     for recipe in ("controlnet", "ip-adapter", "ip-adapter-plus"):
         learn(recipe)
+    lay_animations(command.CACHE / "packages")
+    assert command.main(["clips"]) == 0
+    learn("motion", frames=2)
     assert command.main(["assemble"]) == 0
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "assets" / "embedded")
     assert pipe.unet.dtype == torch.float32 and pipe.tokenizer("thing").input_ids[0] == pipe.tokenizer.bos_token_id

@@ -252,7 +252,9 @@ def _read_items(folder: Path, folders: Folders, kind: Kind) -> list[Example]:
     stems: dict[str, Path] = {}
     items = _items(files, kind)
     if kind == "clips" and folder in items:
-        raise MahlstickError(f"{str(folder)!r} holds pictures; give a folder with a subfolder of frames for each clip")
+        raise MahlstickError(
+            f"{str(folder)!r} holds pictures; put the frames of each clip into a subfolder, and take other pictures out"
+        )
     for picture in items:
         other = stems.setdefault(_stem(picture, folder), picture)
         if other is not picture:

@@ -589,9 +589,9 @@ def measure_clips(
 
 
 def compare(values: Values) -> dict[str, Mean]:
-    """Means over the clips, and the ratio of the made ones' to the true ones', if those have any."""
+    """Means over the clips, and the ratio of the made ones' to the true ones', if that is above 0."""
     found = {column: Mean(*metrics.mean_with_interval(each)) for column, each in values.items()}
-    if values[TRUE].any():
+    if values[TRUE].mean() > 0:
         found[RATIO] = Mean(*metrics.ratio_with_interval(values[WITH], values[TRUE]))
     return found
 

@@ -490,11 +490,11 @@ def mean_with_interval(
 def ratio_with_interval(
     values: ArrayLike, others: ArrayLike, level: float = 0.95, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(ratio, low, high): the mean of ``values`` (N,) by that of ``others`` (N,), which are of the same things and not
-    below 0, and its interval as in `mean_with_interval`. Raises ``MahlstickError`` where all others are 0."""
+    """(ratio, low, high): the mean of ``values`` (N,) by that of ``others`` (N,), which are of the same things, and its
+    interval as in `mean_with_interval`. Raises ``MahlstickError`` where the mean of the others is not above 0."""
     above, below = (numbers.astype(np.float64) for numbers in _same_shape(values, others))
-    if not below.any():
-        raise MahlstickError("there is no ratio to values that are all 0; leave it out")
+    if not below.mean() > 0:
+        raise MahlstickError(f"there is no ratio to a mean of {below.mean():g}; leave it out")
     draws = _draws(len(above), samples, seed)
     means = above[draws].mean(axis=1), below[draws].mean(axis=1)
     some = means[1] > 0

@@ -140,11 +140,11 @@ def write(
 ) -> Path:
     """Write an adapter in the layout that diffusers or the original repository reads; returns the folder or file.
 
-    ``path`` is one file if it ends in .safetensors, else a folder. In a folder, a ControlNet or a motion module in
-    layout ``diffusers`` lies as its ``from_pretrained`` reads it; everything else is the one file
-    ``<kind>.safetensors``. In layout ``original`` a ControlNet's keys are ``control_model.*`` and a motion module's
-    those of AnimateDiff; an IP-Adapter's are the same either way, since diffusers' ``load_ip_adapter`` reads the
-    original layout. A file's metadata keep the config. Raises MahlstickError, before
+    ``path`` is one file if it ends in .safetensors, else a folder. In a folder, all but an IP-Adapter lie in layout
+    ``diffusers`` as diffusers' ``from_pretrained`` reads them; everything else is the one file
+    ``<kind>.safetensors``. In layout ``original`` a ControlNet's keys are ``control_model.*``, a motion module's and a
+    SparseCtrl encoder's those of AnimateDiff; an IP-Adapter's are the same either way, since diffusers'
+    ``load_ip_adapter`` reads the original layout. A file's metadata keep the config. Raises MahlstickError, before
     anything is written, if the weights do not match the config, or the name asks for another format.
     """
     target = Path(path).expanduser()

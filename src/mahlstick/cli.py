@@ -641,7 +641,9 @@ def evaluate(
     ] = None,
     motion: Annotated[
         str | None,
-        typer.Option(metavar="MODULE[:SCALE]", help="A motion module, which makes clips; 'motion' is the embedded one."),
+        typer.Option(
+            metavar="MODULE[:SCALE]", help="A motion module, which makes clips; 'motion' is the embedded one."
+        ),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Of a clip, with --motion.  [default: 16]")] = None,
     fps: Annotated[

@@ -33,7 +33,7 @@ FOLDERS = ("learn", "held", "unseen")
 RATE = 8  # frames a second
 EVERY = 3  # of the packages' 24 frames a second
 FRAMES = 24  # of a clip
-STILL = 0.006  # mean change of neighbouring frames on white, in [0, 1], below which a clip hardly moves
+STILL = 0.005  # mean change of neighbouring frames on white, in [0, 1], below which a clip hardly moves
 COPIES = 2  # moved ones of a clip whose thing the base has learned, so that these are seen three times as often
 HELD_OUT_SHARE = 10  # one concept in so many is held out, beside those that no picture to learn from shows
 
@@ -56,12 +56,14 @@ def write(cache: Path, known: Sequence[Concept]) -> None:
             lines = [json.dumps(row) for row in _write_package(tarball, made, concepts, entries)]
             write_whole(part, "".join(f"{line}\n" for line in lines))
             tarball.unlink()
+    parts = sorted(made.glob("*.jsonl"))
+    rows = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
     for name in FOLDERS:
-        parts = [part.read_text() for part in sorted(made.glob("*.jsonl"))]
-        rows = [json.loads(line) for part in parts for line in part.splitlines()]
-        inside = [row for row in rows if row.pop("folder") == name]
+        inside = [row for row in rows if row["folder"] == name]
         (made / name / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in inside))
         log.info("%s: %d clips of %d things", name, len(inside), len({row["concept"] for row in inside}))
+    for part in parts:
+        part.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     made.rename(folder)
 
@@ -81,17 +83,17 @@ def _entries(folder: Path) -> dict[str, Concept]:
 def _write_package(
     tarball: Path, made: Path, known: Mapping[str, Concept], entries: Mapping[str, Concept]
 ) -> Iterator[dict[str, object]]:
-    """Write the clips of a package; a row for each, with the folder in which it lies."""
+    """Write the clips of a package; gives a row for each, with the folder in which it lies."""
     for name in FOLDERS:
         (made / name).mkdir(parents=True, exist_ok=True)
-    still = 0
+    left_out = 0
     for code, data in tqdm(animations(tarball), tarball.name):
         concept = known.get(code) or entries.get(code)
         if concept is None:
             continue
         frames = read(data)
         if frames is None or change(frames) < STILL:
-            still += 1
+            left_out += 1
             continue
         entry = replace(concept, colour=drawings.colour_of(frames[0].permute(1, 2, 0).numpy()))
         folder, rng = folder_of(entry, code in known), random.Random(code)
@@ -102,7 +104,7 @@ def _write_package(
                 said = [captions.words(entry, SHADED, rng, variant.tint, variant.ground) for _ in range(4)]
             save(frames, variant, made / folder / file)
             yield {"folder": folder, "file_name": file, "text": said, "concept": entry.label}
-    log.info("%s: %d hardly move", tarball.name, still)
+    log.info("%s: %d are left out, since they do not move or hardly", tarball.name, left_out)
 
 
 def animations(tarball: Path) -> Iterator[tuple[str, bytes]]:
