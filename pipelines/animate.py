@@ -138,12 +138,13 @@ def _settled(request: VideoRequest) -> tuple[VideoRequest, list[VideoInfo]]:
 def _check_adapters(request: VideoRequest, config: Any) -> None:
     """Kind and base of every adapter from its header, before a tensor is loaded."""
     config = config or unet_config(request.base)
-    named = [("motion", "motion_adapter", request.motion)]
-    named += [(f"controls[{i}]", "controlnet", spec.adapter) for i, spec in enumerate(request.controls)]
+    nets = ("controlnet", "sparse_controlnet")
+    named: list[tuple[str, str | tuple[str, ...], Any]] = [("motion", "motion_adapter", request.motion)]
+    named += [(f"controls[{i}]", nets, spec.adapter) for i, spec in enumerate(request.controls)]
     named += [(f"image_prompts[{i}]", "ip_adapter", spec.adapter) for i, spec in enumerate(request.image_prompts)]
-    for field, kind, source in named:
+    for field, kinds, source in named:
         if isinstance(source, str):
-            still.check_adapter(field, kind, source, config)
+            still.check_adapter(field, kinds, source, config)
 
 
 def _sized(request: VideoRequest, pipe: Any, sources: Sequence[VideoInfo]) -> VideoRequest:
@@ -248,6 +249,7 @@ def _control(
         window=spec.window,
         mask=None if spec.mask is None else open_mask(spec.mask, "mask"),
         mode=spec.mode,
+        frames=spec.frames,
     )
 
 

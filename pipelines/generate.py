@@ -255,17 +255,17 @@ def _check_adapters(request: Request, config: Any) -> None:
                 check_adapter(f"{field}[{i}]", kind, spec.adapter, config)
 
 
-def check_adapter(field: str, kind: str, source: str, unet_config: Any) -> None:
+def check_adapter(field: str, kinds: str | tuple[str, ...], source: str, unet_config: Any) -> None:
     """Raises :class:`MahlstickError` where the weights are of another kind, or for another base than the UNet's.
 
     ``unet_config`` is None where the UNet is not known yet.
     """
-    info = formats.inspect(adapter_path(source))
-    if info.kind != kind:
-        raise MahlstickError(f"{field}: {source} holds a {info.kind}; give a {kind}")
+    info, kinds = formats.inspect(adapter_path(source)), (kinds,) if isinstance(kinds, str) else kinds
+    if info.kind not in kinds:
+        raise MahlstickError(f"{field}: {source} holds a {info.kind}; give a {' or a '.join(kinds)}")
     if unet_config is not None:
         try:
-            formats.require_fit(kind, info.config, unet_config)
+            formats.require_fit(info.kind, info.config, unet_config)
         except MahlstickError as error:
             raise MahlstickError(f"{source}: {error}") from error
 

@@ -316,6 +316,9 @@ class ClipControlSpec(ControlSpec):
     """A control net and what it follows: a video, a picture for all frames, or a list with one for each."""
 
     image: list[Picture] | Picture = Field(description="a video, a folder of frames, a picture, or a picture a frame")
+    frames: list[int] | None = Field(
+        None, description="of a SparseCtrl encoder: where the pictures stand, from the end if negative"
+    )
 
 
 class MotionLora(Spec):

@@ -326,7 +326,9 @@ def animate(
     dtype: Dtype = None,
     json_output: Json = False,
 ) -> None:
-    """Make a clip, of any length, from a prompt, videos, drawings and references.
+    """Make a clip of any length.
+
+    From a prompt or several, videos, drawings and references.
 
     Examples:
 
