@@ -174,13 +174,80 @@ def ip_adapter(unet: Any, projector: str) -> ms.IPAdapter:
     return adapter.requires_grad_(False)
 
 
+FRAMES = 4
+
+
+def diffusers_motion(module: ms.MotionAdapter) -> diffusers.MotionAdapter:
+    """The same weights in diffusers' class, through a saved folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return diffusers.MotionAdapter.from_pretrained(module.save_pretrained(folder)).eval()
+
+
+def video_pipeline(kind: str, family: str, module: ms.MotionAdapter, **more: Any) -> Any:
+    """diffusers' own video pipeline on the parts of the stock one."""
+    parts = tiny.components(family) | more
+    for name in ("safety_checker", "requires_safety_checker"):
+        parts.pop(name, None)
+    unet = parts["unet"]
+    pipe = tiny.quiet(getattr(diffusers, kind)(**parts, motion_adapter=diffusers_motion(module)))
+    if family == "sdxl":  # diffusers 0.42 leaves these weights random when it copies the UNet
+        pipe.unet.add_embedding.load_state_dict(unet.add_embedding.state_dict())
+    return pipe
+
+
+def clip_latents(frames: int = FRAMES) -> torch.Tensor:
+    return torch.randn(frames, 4, tiny.SIZE // 8, tiny.SIZE // 8, generator=torch.Generator().manual_seed(3))
+
+
+def as_clip(frames: torch.Tensor) -> torch.Tensor:
+    """(frames, channels, h, w) as diffusers' video pipelines have it."""
+    return frames.transpose(0, 1)[None]
+
+
+@torch.no_grad()
+def motion(kind: str, family: str, task: str = "text", nets: int = 0) -> tuple[float, float]:
+    """A Motion unit on the stock pipeline against diffusers' video pipelines."""
+    stock, _ = pipelines(family, task, [])
+    module, models = tiny.motion_adapter(stock.unet), [tiny.controlnet(family, seed=10 + i) for i in range(nets)]
+    theirs = video_pipeline(kind, family, module, **({"controlnet": models[0]} if nets else {}))
+    arguments = {name: value for name, value in call(task).items() if name not in ("image", "strength")}
+    arguments |= {"output_type": "latent", "num_inference_steps": 3}
+    frames, start = [tiny.picture(seed) for seed in range(FRAMES)], clip_latents()
+    wanted, given = dict(arguments), arguments | {"num_images_per_prompt": FRAMES}
+    if task == "img2img":  # both add noise to encoded pictures, each in its own order: here both begin alike
+        theirs.prepare_latents = lambda *_, **__: as_clip(start).clone()
+        stock.prepare_latents = lambda *_, **__: start.clone()
+        wanted |= {"video": frames, "strength": 0.7}
+        given |= {"image": frames[0], "strength": 0.7}
+    else:
+        wanted |= {"num_frames": FRAMES, "latents": as_clip(start)}
+        given |= {"latents": start}
+    if nets:
+        wanted |= {"conditioning_frames": frames, "controlnet_conditioning_scale": 0.7}
+    plain = run_latents(stock, given)
+    with ms.attach(stock, ms.Motion(module), *(ms.Control(ours(model), frames, scale=0.7) for model in models)):
+        attached = run_latents(stock, given)
+    return relative(attached, theirs(**wanted).frames[0].transpose(0, 1), plain)
+
+
+def run_latents(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one picture for several prompts
+        latents: torch.Tensor = pipe(**arguments).images
+    return latents
+
+
 def distance(found: Any, wanted: Any, plain: Any) -> tuple[float, float]:
     return float(np.abs(found - wanted).max()), float(np.abs(found - plain).max())
 
 
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference in fractions of the largest value."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
 def relative(found: torch.Tensor, wanted: torch.Tensor, plain: torch.Tensor) -> tuple[float, float]:
-    size = wanted.abs().max()
-    return float((found - wanted).abs().max() / size), float((found - plain).abs().max() / size)
+    return error(found, wanted), error(plain, wanted)
 
 
 # The original programs ----------------------------------------------------------------------------------------------
@@ -202,15 +269,29 @@ def golden_control(name: str, output: str, heads: int | None = None, **unit: Any
 
 @torch.no_grad()
 def golden_image_prompt(variant: str, scale: float, **config: Any) -> tuple[float, float]:
-    io = load_file(GOLDENS / "ipa_io.safetensors")
-    with safe_open(GOLDENS / "ipa_unet.safetensors", "pt") as file:
-        unet = diffusers.UNet2DConditionModel(**json.loads(file.metadata()["config"])).eval()
-    unet.load_state_dict(load_file(GOLDENS / "ipa_unet.safetensors"))
+    io, unet = load_file(GOLDENS / "ipa_io.safetensors"), golden_unet()
     adapter = ms.IPAdapter.from_pretrained(GOLDENS / f"ipa_{variant}.safetensors", **config)
     features = io["image_embeds" if variant == "base" else "hidden_states"]
     with ms.attach(unet, ms.ImagePrompt(adapter, features=features, scale=scale)):
         eps = unet(io["x"], io["timesteps"], io["text"]).sample
     return relative(eps, io[f"eps_{variant}_{scale}"], io["eps_plain"])
+
+
+@torch.no_grad()
+def golden_motion(frames: int, output: str) -> tuple[float, float]:
+    io, unet = load_file(GOLDENS / "anim_io.safetensors"), golden_unet()
+    module = ms.MotionAdapter.from_pretrained(GOLDENS / "anim_v2.safetensors")
+    plain = unet(io["x"], io["timestep"], io["text"]).sample
+    with ms.attach(unet, ms.Motion(module, frames=frames)):
+        eps = unet(io["x"], io["timestep"], io["text"]).sample
+    return relative(eps, io[output], plain)
+
+
+def golden_unet() -> diffusers.UNet2DConditionModel:
+    with safe_open(GOLDENS / "ipa_unet.safetensors", "pt") as file:
+        unet = diffusers.UNet2DConditionModel(**json.loads(file.metadata()["config"])).eval()
+    unet.load_state_dict(load_file(GOLDENS / "ipa_unet.safetensors"))
+    return unet
 
 
 # The cases ----------------------------------------------------------------------------------------------------------
@@ -219,6 +300,7 @@ def golden_image_prompt(variant: str, scale: float, **config: Any) -> tuple[floa
 def cases() -> Iterator[Case]:
     yield from _control_cases()
     yield from _image_prompt_cases()
+    yield from _motion_cases()
     if GOLDENS.is_dir():
         yield from _golden_cases()
 
@@ -289,6 +371,16 @@ def _image_prompt_cases() -> Iterator[Case]:
     yield case("with a ControlNet, SDXL img2img", "sdxl", "img2img", nets=1)
 
 
+def _motion_cases() -> Iterator[Case]:
+    def case(name: str, *args: Any, **kwargs: Any) -> Case:
+        return Case(f"Motion, {name}", "diffusers", 1e-4, lambda: motion(*args, **kwargs))
+
+    yield case("sd1, text", "AnimateDiffPipeline", "sd1")
+    yield case("sdxl, text", "AnimateDiffSDXLPipeline", "sdxl")
+    yield case("sd1, video to video", "AnimateDiffVideoToVideoPipeline", "sd1", "img2img")
+    yield case("sd1, with a ControlNet", "AnimateDiffControlNetPipeline", "sd1", nets=1)
+
+
 def _golden_cases() -> Iterator[Case]:
     def case(name: str, program: str, bound: float, measure: Callable[..., Any], *args: Any, **kwargs: Any) -> Case:
         return Case(name, program, bound, lambda: measure(*args, **kwargs))
@@ -303,6 +395,8 @@ def _golden_cases() -> Iterator[Case]:
     for variant, config in (("base", {}), ("plus", {"heads": 4})):
         for scale in (0.6, 1.0):
             yield case(f"{variant}, scale {scale}", ipa, 1e-4, golden_image_prompt, variant, scale, **config)
+    for name, frames, output in (("a clip", 8, "eps_v2"), ("two clips", 4, "eps_v2_2x4")):
+        yield case(f"anim_v2, {name}", "the original AnimateDiff", 1e-4, golden_motion, frames, output)
 
 
 def main() -> None:
@@ -321,8 +415,9 @@ def main() -> None:
 HEAD = """# Fidelity
 
 Made by `python -m benchmarks.fidelity`: float32 on the CPU, tiny random models of the real classes. The difference is
-the largest over all pixels of pictures in [0, 1] (against diffusers), or over the UNet's output relative to its
-largest value (against the original programs; cldm_family's weights are stored in fp16). The effect is how much the same
+the largest over all pixels of pictures in [0, 1] (against diffusers), over a clip's latents relative to their largest
+value, or so over the UNet's output (against the original programs; cldm_family's weights are stored in fp16).
+The effect is how much the same
 run differs from one without units, so that a small difference means something.
 """
 

@@ -12,6 +12,8 @@ import transformers
 from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import mahlstick as ms
+
 SIZE = 64  # pixels of the pictures made; the VAE makes 8 x 8 latents of them
 WIDTH = 32  # of text and image features
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -55,6 +57,16 @@ def controlnet(family: str, seed: int = 1, **changes: Any) -> diffusers.ControlN
     net = diffusers.ControlNetModel.from_unet(unet(family), conditioning_embedding_out_channels=(4, 6, 6, 8))
     net.register_to_config(**changes)
     return awake(net)
+
+
+def motion_adapter(unet: Any, **options: Any) -> Any:
+    """A motion module for the UNet, of up to eight frames, away from its initial values."""
+    torch.manual_seed(6)
+    module = ms.MotionAdapter.from_unet(unet, max_frames=8, heads=2, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module.requires_grad_(False)
 
 
 def awake(net: Any) -> Any:

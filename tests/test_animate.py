@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 import mahlstick as ms
 from benchmarks import tiny
 from mahlstick.pipelines.video import Frames, VideoWriter, read_video, video_comment, video_info
-from tests.test_motion import trained
 from tests.test_sparse_control import reference
 
 STEPS = 2
@@ -52,7 +51,7 @@ def clip(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_it_is_what_the_stock_pipeline_makes(family: str, tmp_path: Path) -> None:
     pipe = pipeline(family)
-    module = trained(pipe.unet)
+    module = tiny.motion_adapter(pipe.unet)
     request = ms.VideoRequest(prompt="fox", frames=5, motion=module, **FAST)
     animation, found = made(request, tmp_path / "frames", pipe)
     assert len(found) == 5 and found[0].size == (64, 64) and animation.windows is None
@@ -66,7 +65,7 @@ def test_it_is_what_the_stock_pipeline_makes(family: str, tmp_path: Path) -> Non
 
 def test_a_long_clip_begins_like_a_short_one_and_nothing_is_left(tmp_path: Path) -> None:
     pipe = pipeline()
-    module, hooks = trained(pipe.unet), len(pipe.unet._forward_pre_hooks)
+    module, hooks = tiny.motion_adapter(pipe.unet), len(pipe.unet._forward_pre_hooks)
     parts = {name: id(part) for name, part in pipe.components.items()}
     animation, found = made(
         ms.VideoRequest(prompt="fox", frames=14, context=6, motion=module, **FAST), tmp_path / "long", pipe
@@ -84,7 +83,7 @@ def test_a_clip_follows_a_video_and_its_rate(clip: Path, tmp_path: Path) -> None
     net = ms.ControlNet.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 6, 6, 8))
     net.load_state_dict(tiny.controlnet("sd1").state_dict())
     control: dict[str, Any] = {"adapter": net, "annotator": "canny", "scale": 10}
-    shared: dict[str, Any] = {"prompt": "fox", "motion": trained(pipe.unet), "context": 6, **FAST}
+    shared: dict[str, Any] = {"prompt": "fox", "motion": tiny.motion_adapter(pipe.unet), "context": 6, **FAST}
     request = ms.VideoRequest(controls=[control | {"image": str(clip)}], **shared)
     animation, found = made(request, tmp_path / "video", pipe)
     assert (animation.request.frames, animation.request.fps) == (12, 10)
@@ -97,7 +96,7 @@ def test_a_clip_follows_a_video_and_its_rate(clip: Path, tmp_path: Path) -> None
 
 def test_video_to_video(clip: Path, tmp_path: Path) -> None:
     pipe = pipeline()
-    module = trained(pipe.unet)
+    module = tiny.motion_adapter(pipe.unet)
     options = FAST | {"steps": 4}
     weak = ms.VideoRequest(prompt="fox", init=str(clip), strength=0.3, motion=module, context=6, **options)
     animation, found = made(weak, tmp_path / "out.mp4", pipe)
@@ -112,7 +111,7 @@ def test_video_to_video(clip: Path, tmp_path: Path) -> None:
 def test_video_to_video_by_hand(clip: Path, tmp_path: Path) -> None:
     """Encode, noise to the step where the strength begins, denoise the clip, decode."""
     pipe = pipeline()
-    module = trained(pipe.unet)
+    module = tiny.motion_adapter(pipe.unet)
     options = FAST | {"steps": 4, "guidance": 1.0}
     request = ms.VideoRequest(prompt="fox", init=str(clip), frames=3, strength=0.5, motion=module, **options)
     _, found = made(request, tmp_path / "frames", pipe)
@@ -134,7 +133,7 @@ def test_video_to_video_by_hand(clip: Path, tmp_path: Path) -> None:
 def test_prompts_references_and_more_passes(clip: Path, tmp_path: Path) -> None:
     pipe = pipeline()
     ip = ms.IPAdapter.from_unet(pipe.unet, tokens=2, feature_dim=tiny.WIDTH)
-    plain = ms.VideoRequest(prompt="fox", frames=8, fps=10, motion=trained(pipe.unet), context=4, **FAST)
+    plain = ms.VideoRequest(prompt="fox", frames=8, fps=10, motion=tiny.motion_adapter(pipe.unet), context=4, **FAST)
     _, before = made(plain, tmp_path / "plain", pipe)
     for number, change in enumerate((
         {"prompts": {5: "owl"}},
@@ -152,7 +151,7 @@ def test_prompts_references_and_more_passes(clip: Path, tmp_path: Path) -> None:
 
 def test_the_file_carries_its_request(tmp_path: Path) -> None:
     pipe = pipeline()
-    folder = trained(pipe.unet).save_pretrained(tmp_path / "module")
+    folder = tiny.motion_adapter(pipe.unet).save_pretrained(tmp_path / "module")
     request = ms.VideoRequest(prompt="fox", frames=4, motion=str(folder), **FAST)
     animation, _ = made(request, tmp_path / "clip.mp4", pipe)
     kept = ms.VideoRequest.from_json(video_comment(tmp_path / "clip.mp4") or "")
@@ -163,7 +162,7 @@ def test_pictures_at_some_frames(tmp_path: Path) -> None:
     pipe = pipeline()
     reference("scribble").save_pretrained(tmp_path / "sparse")
     control: dict[str, Any] = {"adapter": str(tmp_path / "sparse"), "scale": 10}
-    request: dict[str, Any] = {"prompt": "fox", "frames": 4, "motion": trained(pipe.unet), **FAST}
+    request: dict[str, Any] = {"prompt": "fox", "frames": 4, "motion": tiny.motion_adapter(pipe.unet), **FAST}
     found = {}
     for name, more in (("first", {}), ("zero", {"frames": [0]}), ("last", {"frames": [-1]})):
         asked = ms.VideoRequest(controls=[control | {"image": tiny.picture()} | more], **request)
@@ -198,9 +197,9 @@ def test_bad_files_are_told_before_any_work(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     tiny.picture().save(tmp_path / "one.png")
     pipe = pipeline()
-    module = trained(pipe.unet)
+    module = tiny.motion_adapter(pipe.unet)
     wrong = tmp_path / "sdxl"
-    trained(tiny.unet("sdxl")).save_pretrained(wrong)
+    tiny.motion_adapter(tiny.unet("sdxl")).save_pretrained(wrong)
     out = tmp_path / "out.mp4"
     for fields, told in (
         ({"init": str(tmp_path / "text.mp4")}, "text.mp4"),
@@ -225,7 +224,7 @@ def test_bad_files_are_told_before_any_work(clip: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_is_stopped_leaves_no_file(tmp_path: Path) -> None:
     pipe = pipeline()
-    request = ms.VideoRequest(prompt="fox", frames=4, motion=trained(pipe.unet), **FAST)
+    request = ms.VideoRequest(prompt="fox", frames=4, motion=tiny.motion_adapter(pipe.unet), **FAST)
 
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -244,7 +243,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     base = tmp_path / "base"
     pipe = pipeline()
     pipe.save_pretrained(base)
-    module = trained(pipe.unet).save_pretrained(tmp_path / "module")
+    module = tiny.motion_adapter(pipe.unet).save_pretrained(tmp_path / "module")
     out = tmp_path / "clip.webp"
     command = ["animate", "-p", "fox", "--base", str(base), "--motion", str(module), "--frames", "6", "--context", "4",
                "--prompt-at", "3=owl", "--steps", "2", "--seed", "1", "--size", "64x64", "--device", "cpu"]  # fmt: skip
@@ -271,7 +270,7 @@ def test_a_motion_lora_from_the_command(tmp_path: Path) -> None:
     request = ms.VideoRequest(
         prompt="fox",
         frames=4,
-        motion=trained(unet),
+        motion=tiny.motion_adapter(unet),
         motion_loras=[{"path": str(tmp_path / "lora.safetensors")}],
         **FAST,
     )

@@ -18,7 +18,6 @@ from torch import Tensor
 import mahlstick as ms
 from benchmarks import tiny
 from mahlstick.pipelines.load import for_task
-from tests.test_motion import trained
 
 FRAMES = 5
 WHOLE: dict[str, Any] = {"context": FRAMES}
@@ -77,5 +76,5 @@ def test_combination(family: str, task: str, controls: int, references: int) -> 
     off = made(family, task, *units)
     assert torch.equal(made(family, task, ms.Motion(fresh, **WHOLE), *units), off)
     assert torch.allclose(made(family, task, *units, ms.Motion(fresh, **WINDOWS)), off, atol=1e-4)
-    moved = made(family, task, *units, ms.Motion(trained(unet), **WINDOWS))
+    moved = made(family, task, *units, ms.Motion(tiny.motion_adapter(unet), **WINDOWS))
     assert moved.isfinite().all() and (moved - off).abs().max() > 1e-3

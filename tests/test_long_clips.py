@@ -15,7 +15,6 @@ from torch import Tensor
 import mahlstick as ms
 from benchmarks import tiny
 from mahlstick.adapters.context import Context, Schedule, halving, weights
-from tests.test_motion import trained
 
 LONG, SEEN = 7, 4
 STATIC: dict[str, Any] = {"context": SEEN, "overlap": 2, "schedule": "static"}
@@ -67,7 +66,7 @@ def test_borders_move_from_step_to_step() -> None:
 def test_what_no_window_can_be(options: dict[str, Any], told: str) -> None:
     unet = tiny.unet("sd1")
     with pytest.raises(ms.MahlstickError, match=told):
-        ms.attach(unet, ms.Motion(trained(unet), **options))
+        ms.attach(unet, ms.Motion(tiny.motion_adapter(unet), **options))
 
 
 # what is computed
@@ -100,7 +99,7 @@ def test_windows_are_calls_of_their_own(family: str, guidance: bool) -> None:
     """With a control picture, a mask and a reference for each frame: the windowed call is the average of calls that
     each see their own frames' conditions."""
     unet, parts = tiny.unet(family), 2 if guidance else 1
-    motion, net = trained(unet), tiny.controlnet(family)
+    motion, net = tiny.motion_adapter(unet), tiny.controlnet(family)
     control, ip = ms.ControlNet.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 6, 8)), None
     control.load_state_dict(net.state_dict())
     ip = ms.IPAdapter.from_unet(unet, tokens=2, feature_dim=tiny.WIDTH)
@@ -134,7 +133,7 @@ def test_windows_are_calls_of_their_own(family: str, guidance: bool) -> None:
 @torch.no_grad()
 def test_two_clips_in_windows() -> None:
     unet = tiny.unet("sd1")
-    module, inputs = trained(unet), tiny.unet_inputs("sd1", batch=2 * LONG)
+    module, inputs = tiny.motion_adapter(unet), tiny.unet_inputs("sd1", batch=2 * LONG)
     with ms.attach(unet, ms.Motion(module, frames=LONG, **STATIC)):
         both = unet(**inputs).sample
     for clip in range(2):
@@ -146,7 +145,7 @@ def test_two_clips_in_windows() -> None:
 @torch.no_grad()
 def test_up_to_the_context_it_is_the_plain_call() -> None:
     unet = tiny.unet("sd1")
-    module, inputs = trained(unet), tiny.unet_inputs("sd1", batch=LONG)
+    module, inputs = tiny.motion_adapter(unet), tiny.unet_inputs("sd1", batch=LONG)
     with ms.attach(unet, ms.Motion(module)):
         plain = unet(**inputs).sample
     with ms.attach(unet, ms.Motion(module, context=LONG)):
@@ -156,7 +155,7 @@ def test_up_to_the_context_it_is_the_plain_call() -> None:
 @torch.no_grad()
 def test_windows_that_nobody_asked_for_are_said() -> None:
     unet = tiny.unet("sd1")
-    with ms.attach(unet, ms.Motion(trained(unet))) as attached, pytest.warns(UserWarning) as told:
+    with ms.attach(unet, ms.Motion(tiny.motion_adapter(unet))) as attached, pytest.warns(UserWarning) as told:
         for _ in range(2):
             unet(**tiny.unet_inputs("sd1", batch=9))
     assert [str(warning.message)[:86] for warning in told] == [
@@ -174,7 +173,7 @@ def test_no_call_is_larger_than_a_window() -> None:
     for module in (unet.conv_in, net.conv_in, net.controlnet_cond_embedding.conv_in):
         module.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[0]))
     frames = torch.rand(40, 3, tiny.SIZE, tiny.SIZE)
-    with ms.attach(unet, ms.Motion(trained(unet), context=SEEN), ms.Control(net, frames), guidance=True):
+    with ms.attach(unet, ms.Motion(tiny.motion_adapter(unet), context=SEEN), ms.Control(net, frames), guidance=True):
         unet(**tiny.unet_inputs("sd1", batch=80))
     assert seen == {2 * SEEN, SEEN}
 
@@ -194,7 +193,7 @@ def test_a_prompt_for_all_frames_needs_one_row() -> None:
         return value.repeat_interleave(LONG, dim=0)
 
     for options in ({}, STATIC):
-        with ms.attach(unet, ms.Motion(trained(unet), **options), guidance=True):
+        with ms.attach(unet, ms.Motion(tiny.motion_adapter(unet), **options), guidance=True):
             short = unet(**inputs | two).sample
             whole = unet(**inputs | {name: repeated(value) for name, value in two.items()}).sample
         assert torch.equal(short, whole)
@@ -203,7 +202,7 @@ def test_a_prompt_for_all_frames_needs_one_row() -> None:
 @torch.no_grad()
 def test_a_call_that_fails_leaves_nothing() -> None:
     unet = tiny.unet("sd1")
-    module, inputs = trained(unet), tiny.unet_inputs("sd1", batch=LONG)
+    module, inputs = tiny.motion_adapter(unet), tiny.unet_inputs("sd1", batch=LONG)
     plain = unet(**inputs).sample
     calls = 0
 
@@ -229,7 +228,7 @@ def test_a_call_that_fails_leaves_nothing() -> None:
 def test_windows_on_a_pipeline() -> None:
     """Uniform windows move with the pipeline's steps; text, controls and guidance are the stock pipeline's."""
     pipe = tiny.quiet(diffusers.StableDiffusionPipeline(**tiny.components("sd1")))
-    module = trained(pipe.unet)
+    module = tiny.motion_adapter(pipe.unet)
     frames = [tiny.picture(seed) for seed in range(LONG)]
     net = ms.ControlNet.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 6, 6, 8))
     starts: list[Any] = []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,7 +11,7 @@ from torch import Tensor
 
 import mahlstick as ms
 from benchmarks import tiny
-from tests.test_motion import relative, theirs, trained
+from benchmarks.fidelity import error, video_pipeline
 
 FRAMES, RANK = 4, 3
 State = dict[str, Tensor]
@@ -21,7 +19,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def module() -> ms.MotionAdapter:
-    return trained(tiny.unet("sd1"))
+    return tiny.motion_adapter(tiny.unet("sd1"))
 
 
 def published(module: ms.MotionAdapter, prefix: str = "") -> State:
@@ -59,13 +57,6 @@ def clip() -> tuple[State, State]:
     return inputs, inputs | {"sample": inputs["sample"].transpose(0, 1)[None]}
 
 
-def video_pipe(module: ms.MotionAdapter, folder: Path) -> Any:
-    parts = tiny.components("sd1")
-    for name in ("safety_checker", "requires_safety_checker"):
-        parts.pop(name)
-    return diffusers.AnimateDiffPipeline(**parts, motion_adapter=theirs(module, folder))
-
-
 # parity
 
 
@@ -79,7 +70,7 @@ def test_diffusers_loads_the_same(layout: str, module: ms.MotionAdapter, tmp_pat
         torch.save({"state_dict": state, "global_step": 7}, tmp_path / "lora")
     else:
         save_file(converted, tmp_path / "lora")
-    video = video_pipe(module, tmp_path / "module")
+    video = video_pipeline("AnimateDiffPipeline", "sd1", module)
     video.load_lora_weights(tmp_path, weight_name="converted.safetensors", adapter_name="pan")
     video.set_adapters(["pan"], [0.7])
 
@@ -92,7 +83,7 @@ def test_diffusers_loads_the_same(layout: str, module: ms.MotionAdapter, tmp_pat
         found = unet(**inputs).sample
     with ms.attach(unet, ms.Motion(module)):
         plain = unet(**inputs).sample
-    assert relative(found, wanted) < 1e-5 < 1e-2 < relative(plain, wanted)
+    assert error(found, wanted) < 1e-5 < 1e-2 < error(plain, wanted)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert moved.config == module.config
     pointers = {value.data_ptr() for value in module.state_dict().values()}
@@ -104,7 +95,7 @@ def test_what_peft_trains_and_diffusers_saves(module: ms.MotionAdapter, tmp_path
     """Feed-forwards too, and an alpha that is only in the file's metadata."""
     from peft import LoraConfig, get_peft_model_state_dict
 
-    video = video_pipe(module, tmp_path / "module")
+    video = video_pipeline("AnimateDiffPipeline", "sd1", module)
     layers = r".*motion_modules.*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
     config = LoraConfig(r=RANK, lora_alpha=2, target_modules=layers)
     video.unet.add_adapter(config)
@@ -122,7 +113,7 @@ def test_what_peft_trains_and_diffusers_saves(module: ms.MotionAdapter, tmp_path
     inputs, as_video = clip()
     with ms.attach(unet, ms.Motion(module.with_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))):
         found = unet(**inputs).sample
-    assert relative(found, video.unet(**as_video).sample[0].transpose(0, 1)) < 1e-5
+    assert error(found, video.unet(**as_video).sample[0].transpose(0, 1)) < 1e-5
 
 
 # names and doses

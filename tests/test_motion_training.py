@@ -128,9 +128,8 @@ def test_a_row_is_a_clip_of_one_time_and_one_text(family: str, clips: Path, tmp_
         noised, t, target, _ = objective.noised(batch["latents"][i], batch["noise"][i], u)
         added = {}
         if family == "sdxl":
-            added["added_cond_kwargs"] = {
-                "text_embeds": batch["pooled"][i].expand(FRAMES, -1), "time_ids": batch["time_ids"][i].expand(FRAMES, -1)
-            }  # fmt: skip
+            pooled, sizes = (batch[name][i].expand(FRAMES, -1) for name in ("pooled", "time_ids"))
+            added["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
             assert batch["time_ids"][i].tolist() == [tiny.SIZE, tiny.SIZE, 0, 0, tiny.SIZE, tiny.SIZE]
         with ms.attach(unet, ms.Motion(task.motion)):
             moved = unet(noised, t, batch["text"][i].expand(frames), **added).sample

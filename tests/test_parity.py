@@ -18,4 +18,4 @@ def test_equals_the_reference(case: Case) -> None:
 
 @pytest.mark.skipif(not GOLDENS.is_dir(), reason="the originals' outputs are not beside this checkout")
 def test_the_original_programs_are_among_the_cases() -> None:
-    assert sum(case.reference != "diffusers" for case in ALL) == 9
+    assert sum(case.reference != "diffusers" for case in ALL) == 11

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import mahlstick as ms
 from benchmarks import tiny
+from benchmarks.fidelity import error
 from mahlstick.adapters import formats
 from mahlstick.adapters.formats import sparse_control
 from mahlstick.adapters.sparse_control import SparseControlNet
-from tests.test_motion import relative
 
 FRAMES, PLACES = 6, [0, 4]
 TINY: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_diffusers_computes_the_same(variant: str, clips: int, tmp_path: Path) -
     assert net.takes_latents == (variant == "rgb") and net.hint_factor == (1 if variant == "rgb" else 8)
     found, wanted = found_from(net, variant, clips, text(clips)), wanted_from(theirs, variant, clips, text(clips))
     assert len(found) == len(wanted) == 13
-    assert max(map(relative, found, wanted)) < 1e-5
+    assert max(map(error, found, wanted)) < 1e-5
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def test_heads_and_depths_of_levels(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     net, words = ms.load_adapter(tmp_path).double(), text(1).double()
     found, wanted = found_from(net, "scribble", 1, words), wanted_from(theirs.double(), "scribble", 1, words)
-    assert max(map(relative, found, wanted)) < 1e-10
+    assert max(map(error, found, wanted)) < 1e-10
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def test_the_published_layout(variant: str, prefix: str, tmp_path: Path) -> None
     clip: Any = ms.load_adapter(tmp_path / "sparsectrl.ckpt", norm="clip", **told)
     wanted = wanted_from(theirs, variant, 1, text(1))
     found, other = (found_from(each, variant, 1, text(1)) for each in (clip, net))
-    assert max(map(relative, found, wanted)) < 1e-5 < 1e-3 < max(map(relative, other, wanted))
+    assert max(map(error, found, wanted)) < 1e-5 < 1e-3 < max(map(error, other, wanted))
 
 
 @pytest.mark.parametrize(("variant", "layout"), [("rgb", "diffusers"), ("scribble", "original")])

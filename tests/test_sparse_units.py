@@ -12,12 +12,16 @@ import torch
 
 import mahlstick as ms
 from benchmarks import tiny
-from tests.test_motion import CALL, SIZE, relative, theirs, trained
+from benchmarks.fidelity import as_clip, clip_latents, diffusers_motion, error
 from tests.test_sparse_control import FRAMES, PLACES, VARIANTS, conditions, reference
 
-
-def latents(frames: int = FRAMES) -> torch.Tensor:
-    return torch.randn(frames, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+CALL: dict[str, Any] = {
+    "num_inference_steps": 3,
+    "guidance_scale": 5.0,
+    "output_type": "latent",
+    "height": tiny.SIZE,
+    "width": tiny.SIZE,
+}
 
 
 @torch.no_grad()
@@ -31,27 +35,25 @@ def certain(vae: Any) -> Any:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_diffusers_pipeline(variant: str, tmp_path: Path) -> None:
     pipe = tiny.quiet(diffusers.StableDiffusionPipeline(**tiny.components("sd1") | {"vae": certain(tiny.vae())}))
-    module, net = trained(pipe.unet), reference(variant)
+    module, net = tiny.motion_adapter(pipe.unet), reference(variant)
     net.save_pretrained(tmp_path / "net")
     parts = tiny.components("sd1") | {"vae": certain(tiny.vae())}
     kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     video = tiny.quiet(
-        diffusers.AnimateDiffSparseControlNetPipeline(
-            **kept, motion_adapter=theirs(module, tmp_path / "m"), controlnet=net
-        )
+        diffusers.AnimateDiffSparseControlNetPipeline(**kept, motion_adapter=diffusers_motion(module), controlnet=net)
     )
     pictures = [tiny.picture(seed) for seed in range(len(PLACES))]
     wanted = video(
-        "fox", num_frames=FRAMES, latents=latents().transpose(0, 1)[None], conditioning_frames=pictures,
-        controlnet_frame_indices=PLACES, controlnet_conditioning_scale=0.7, **CALL, **SIZE,
+        "fox", num_frames=FRAMES, latents=as_clip(clip_latents(FRAMES)), conditioning_frames=pictures,
+        controlnet_frame_indices=PLACES, controlnet_conditioning_scale=0.7, **CALL,
     ).frames[0].transpose(0, 1)  # fmt: skip
-    call = CALL | SIZE | {"num_images_per_prompt": FRAMES, "latents": latents()}
+    call = CALL | {"num_images_per_prompt": FRAMES, "latents": clip_latents(FRAMES)}
     control = ms.Control(ms.load_adapter(tmp_path / "net"), pictures, scale=0.7, frames=PLACES)
     with ms.attach(pipe, ms.Motion(module)):
         without = pipe("fox", **call).images
         with ms.attach(pipe, control):
             found = pipe("fox", **call).images
-    assert relative(found, wanted) < 1e-4 < 1e-2 < relative(without, wanted)
+    assert error(found, wanted) < 1e-4 < 1e-2 < error(without, wanted)
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def test_clips_of_a_batch_and_windows(tmp_path: Path) -> None:
             alone = unet(timestep=inputs["timestep"], **part).sample
         assert torch.allclose(alone, both[rows], atol=1e-5)
 
-    module = trained(unet)
+    module = tiny.motion_adapter(unet)
     motion = ms.Motion(module, context=4, overlap=0)
     eight = tiny.unet_inputs("sd1", batch=8)
     with ms.attach(unet, motion, ms.Control(net, given, frames=[1, 6])):

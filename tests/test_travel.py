@@ -14,7 +14,6 @@ from torch import Tensor
 import mahlstick as ms
 from benchmarks import tiny
 from mahlstick.adapters.travel import between
-from tests.test_motion import trained
 
 FRAMES = 7
 
@@ -52,7 +51,7 @@ def test_a_control_and_windows_see_the_frames_own_text() -> None:
     control = ms.Control(net, tiny.picture())
     found = made(pipe, "anything", control, ms.PromptTravel({0: "fox", 3: "owl"}))
     assert torch.allclose(found[3:], made(pipe, "owl", control)[3:], atol=1e-5)
-    motion = ms.Motion(trained(pipe.unet), context=4, overlap=2)
+    motion = ms.Motion(tiny.motion_adapter(pipe.unet), context=4, overlap=2)
     same = made(pipe, "fox", motion, control, ms.PromptTravel({0: "fox"}))
     assert torch.allclose(same, made(pipe, "fox", motion, control), atol=1e-5)
     before = made(pipe, "fox", ms.PromptTravel({0: "fox", 6: "owl"}), motion, control)
