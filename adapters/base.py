@@ -9,6 +9,7 @@ slicing, offload) keeps working, and taking the hooks off leaves the UNet as it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -223,6 +224,12 @@ def unet_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     return {**dict(zip(_unet_parameters(), args, strict=False)), **kwargs}
 
 
+def by_position(arguments: dict[str, Any], count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What came by position stays there, for later hooks may look for it: of ``count``, sample, time, text."""
+    names = list(arguments)[: min(count, 3)]
+    return tuple(arguments[name] for name in names), {k: v for k, v in arguments.items() if k not in names}
+
+
 def _unet_parameters() -> tuple[str, ...]:
     if not _UNET_PARAMETERS:
         from diffusers import UNet2DConditionModel
@@ -232,6 +239,14 @@ def _unet_parameters() -> tuple[str, ...]:
 
 
 _UNET_PARAMETERS: list[str] = []
+
+
+def _windows_first(unet: nn.Module) -> None:
+    """Bring hooks that call the UNet themselves before those that are to run in each of these calls."""
+    hooks = cast("OrderedDict[int, Any]", unet._forward_pre_hooks)
+    for key, hook in list(hooks.items()):
+        if getattr(getattr(hook, "__self__", None), "before_all", False):
+            hooks.move_to_end(key, last=False)
 
 
 class Attachment(ABC):
@@ -265,6 +280,7 @@ class Attachment(ABC):
         try:
             hook = self.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True, prepend=self.before_others)
             self._handles.append(hook)
+            _windows_first(self.unet)
             self._fasten()
         except BaseException:
             self.detach()
@@ -317,8 +333,7 @@ class Attachment(ABC):
         if acts and self.adapter is not None:
             self._place(self.adapter, sample.device)
         changes = self._contribute(arguments, parts, acts)
-        # What came by position stays there: later hooks may look for it.
-        return (args[:3], {**dict(list(arguments.items())[len(args[:3]) :]), **changes}) if changes else None
+        return by_position({**arguments, **changes}, len(args)) if changes else None
 
     def _place(self, adapter: Adapter, device: torch.device) -> None:
         # A module outside pipe.components does not follow the pipeline's device moves, so we place it.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mahlstick.adapters.base import Attachment, Clock, Excerpt, Timestep, unet_arguments
+from mahlstick.adapters.base import Attachment, Clock, Excerpt, Timestep, by_position, unet_arguments
 from mahlstick.errors import MahlstickError
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class WindowedCall:
     the parts together. In each of these calls all units see their excerpt of the clip.
     """
 
+    before_all = True
+
     def __init__(self, owner: MotionAttachment, unet: Any, clock: Clock) -> None:
         self.owner, self.unet, self.clock = owner, unet, clock
         self._inside = False
@@ -109,6 +111,8 @@ class WindowedCall:
             return None
         if self._last is not None:  # the last call failed on its way
             self.reset()
+        if self.owner.excerpt is not None:  # of another motion module's windows
+            return None
         arguments = unet_arguments(args, kwargs)
         excerpts = self.owner.excerpts(arguments)
         if excerpts is None:
@@ -118,10 +122,7 @@ class WindowedCall:
             self._run(excerpts[:-1], arguments, parts)
             self._last = excerpts[-1]
             self._show(excerpts[-1])
-        selected = _selected(arguments, excerpts[-1], parts)
-        # What came by position stays there: later hooks may look for it.
-        names = list(arguments)[: len(args)]
-        return tuple(selected[name] for name in names), {k: v for k, v in selected.items() if k not in names}
+        return by_position(_selected(arguments, excerpts[-1], parts), len(args))
 
     def _run(self, excerpts: Sequence[Excerpt], arguments: dict[str, Any], parts: int) -> None:
         self._inside = True
@@ -155,8 +156,8 @@ class WindowedCall:
         if self._sum is None or self._weight is None:
             self._sum = by_part.new_zeros(by_part.shape[0], excerpt.whole, *output.shape[1:])
             self._weight = weight.new_zeros(excerpt.whole, *weight.shape[1:])
-        self._sum = self._sum.index_add(1, pictures, by_part * weight)
-        self._weight = self._weight.index_add(0, pictures, weight)
+        self._sum.index_add_(1, pictures, by_part * weight)
+        self._weight.index_add_(0, pictures, weight)
 
     def _show(self, excerpt: Excerpt | None) -> None:
         for hook in self.unet._forward_pre_hooks.values():

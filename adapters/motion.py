@@ -297,7 +297,7 @@ class MotionAttachment(Attachment):
         frames = self._frames(whole)
         windows = [list(range(frames))]
         self._tell(frames)
-        if self.windowed(frames) and self.acts and self.window.holds(self.clock, arguments["timestep"]):
+        if self.windowed(frames):
             windows = self.context.windows(frames, step_of(self.clock, arguments["timestep"]))
         if len(windows) == 1 and arguments["encoder_hidden_states"].shape[0] == arguments["sample"].shape[0]:
             return None

@@ -180,6 +180,10 @@ class SparseAttachment(ControlAttachment):
         super().__init__(net, unet, given, scale, mask, mode, window, clock)
         self.places, self.frames = places, frames
 
+    def see(self, excerpt: Excerpt | None) -> None:
+        self.excerpt = excerpt
+        self._masks.clear()  # and not the hint, which holds all conditions
+
     def _encode(self, image: Tensor) -> Tensor:
         return self.adapter.encode_given(image)
 

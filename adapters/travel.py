@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mahlstick.adapters.base import Attachment, Clock
+from mahlstick.errors import MahlstickError
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -51,7 +52,9 @@ class TextAttachment(Attachment):
         if self.pooled is not None:
             added = arguments["added_cond_kwargs"]
             mixed = self._mixed(added["text_embeds"], self.pooled, places, parts)
-            changes["added_cond_kwargs"] = added | {"text_embeds": mixed}
+            rows = arguments["sample"].shape[0] // added["time_ids"].shape[0]
+            sizes = added["time_ids"].repeat_interleave(rows, 0)
+            changes["added_cond_kwargs"] = added | {"text_embeds": mixed, "time_ids": sizes}
         return changes
 
     def _mixed(self, given: Tensor, by_key: Tensor, places: Sequence[int], parts: tuple[str, ...]) -> Tensor:
@@ -59,8 +62,20 @@ class TextAttachment(Attachment):
         rows = between(by_key.to(given), self.keys, places)
         kept = given.unflatten(0, (len(parts), -1))
         one_each = len(places) // kept.shape[1]
+        if rows.ndim == 3:
+            longest = max(rows.shape[-2], kept.shape[-2])
+            rows, kept = _repeated(rows, longest), _repeated(kept, longest)
         return torch.cat([kept[i].repeat_interleave(one_each, 0) if part == "uncond" else rows
                           for i, part in enumerate(parts)])  # fmt: skip
+
+
+def _repeated(text: Tensor, length: int) -> Tensor:
+    """Text (…, tokens, dim) repeated to ``length`` tokens: attention over every key twice is attention over it once."""
+    if length % text.shape[-2]:
+        raise MahlstickError(
+            f"prompts of {length} tokens do not go with others of {text.shape[-2]}: make them as long, or shorter."
+        )
+    return text.repeat(*[1] * (text.ndim - 2), length // text.shape[-2], 1)
 
 
 def between(values: Tensor, keys: Sequence[int], places: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mahlstick import pictures
+from mahlstick.adapters import formats
+from mahlstick.adapters.context import Context
 from mahlstick.adapters.motion import MotionAdapter, MotionAttachment
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines import generate as still
@@ -25,6 +28,7 @@ from mahlstick.pipelines import noise, prompts, schedulers
 from mahlstick.pipelines.attach import attach
 from mahlstick.pipelines.load import Loader, adapter_path, for_task, unet_config
 from mahlstick.pipelines.measures import ClipFigures, ClipMeasures, frame_encoder
+from mahlstick.pipelines.recipe import is_in_memory
 from mahlstick.pipelines.request import (
     FRAME_LIMIT,
     ClipControlSpec,
@@ -96,15 +100,17 @@ def animate(
     if pipe is None:
         base = loader.pipeline(request.base, device=device, dtype=dtype, config=request.base_config)
     else:
-        base = pipe
+        base, request = pipe, request.model_copy(update={"base": f"<{type(pipe).__name__} in memory>"})
     worker = copy.copy(for_task(base, "text" if request.init is None else "img2img"))
     request = _sized(request, worker, sources)
     schedulers.check_steps(schedulers.build(request.scheduler, worker.scheduler), request.steps)
+    fps = cast(float, request.fps)
+    writer = VideoWriter(out, fps, _size(request), audio=request.audio, comment=_comment(request))
     with still.prepared(worker, request, progress), _attached(request, worker, loader, progress) as motion:
         windowed = motion.windowed(cast(int, request.frames))
         context = motion.context if windowed else None
         latents = _latents(worker, request, motion, progress, callback)
-    figures = _write(worker, request, latents, Path(out), context.borders(len(latents)) if context else (), progress)
+    figures = _write(worker, request, latents, writer, context.borders(len(latents)) if context else (), progress)
     return Animation(Path(out), request, figures, (context.length, context.overlap) if context else None)
 
 
@@ -112,27 +118,66 @@ def animate(
 
 
 def _settled(request: VideoRequest) -> tuple[VideoRequest, list[VideoInfo]]:
-    """The request with frames, frame rate, seed and sound, and the videos that it names, init's first."""
-    named = [request.init, *(spec.image for spec in request.controls)]
-    sources = [video_info(source) for source in named if is_video(source)]
-    if request.init is not None and not is_video(request.init):
+    """The request with frames, frame rate, seed and sound, and the videos that it names, init's first.
+
+    Raises MahlstickError for a file that is not there or does not do, and for a number that does not fit the clip.
+    """
+    if request.init is not None and not is_video(request.init) and Path(request.init).exists():
         raise MahlstickError(f"init: {request.init} is no video; give a video or a folder of frames")
-    fps = request.fps or (float(sources[0].fps) if sources and sources[0].fps else FPS)
-    most = [source.frames_at(fps) for source in sources]
-    frames = request.frames or (min(*most, FRAME_LIMIT) if most else FRAMES)
-    for source, held in zip(sources, most, strict=True):
-        if held < frames:
+    followed = [spec.image for spec in request.controls]
+    references = [spec.images[0] for spec in request.image_prompts if len(spec.images) == 1]
+    leading = [video_info(source) for source in (request.init, *followed) if source == request.init or is_video(source)
+               if source is not None]  # fmt: skip
+    sources = leading + [video_info(source) for source in references if is_video(source)]
+    fps = request.fps or (float(leading[0].fps) if leading and leading[0].fps else FPS)
+    frames = request.frames or (min(*(source.frames_at(fps) for source in leading), FRAME_LIMIT) if leading else FRAMES)
+    for source in sources:
+        if source.note:
+            warnings.warn(f"{source.path}: {source.note}", stacklevel=3)
+        held = source.frames_at(fps)
+        if held < max(frames, 2):
             raise MahlstickError(
-                f"{source.path} has {held} frames at {fps:g} a second, and {frames} are asked for: ask for fewer, or "
-                "for a higher fps"
+                f"{source.path} has {held} frames at {fps:g} a second, and {max(frames, 2)} are asked for: ask for "
+                "fewer, or for a higher fps"
             )
-    try:
-        request.check_prompts(frames)
-    except ValueError as error:
-        raise MahlstickError(str(error)) from None
-    audio = request.audio or (request.init if request.init is not None and sources[0].has_audio else None)
+    for i, image in enumerate(followed):
+        if isinstance(image, list) and request.controls[i].at is None and len(image) not in (1, frames):
+            raise MahlstickError(f"controls[{i}]: {len(image)} pictures for {frames} frames; give one, or one for each")
+    request = VideoRequest(**_fields(request) | {"frames": frames, "fps": fps})  # with all that hangs on the frames
+    _check_files(request)
+    audio = request.audio or (request.init if request.init is not None and leading[0].has_audio else None)
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    return request.model_copy(update={"frames": frames, "fps": fps, "audio": audio, "seed": seed}), sources
+    return request.model_copy(update={"audio": audio, "seed": seed}), leading
+
+
+def _fields(request: VideoRequest) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in request.model_fields_set}
+
+
+def _check_files(request: VideoRequest) -> None:
+    """Open every picture and find every annotator and LoRA, so that none of them is missed after the work."""
+    from mahlstick import annotators
+
+    for i, spec in enumerate(request.controls):
+        with _naming(f"controls[{i}]"):
+            for picture in spec.image if isinstance(spec.image, list) else [spec.image]:
+                if not is_video(picture):
+                    open_picture(picture, "control picture")
+            if spec.annotator is not None:
+                annotators.get(spec.annotator)
+            if spec.mask is not None:
+                open_mask(spec.mask, "mask")
+    for i, prompt in enumerate(request.image_prompts):
+        with _naming(f"image_prompts[{i}]"):
+            for picture in (*prompt.images, prompt.negative):
+                if picture is not None and not is_video(picture):
+                    open_picture(picture, "picture")
+            if prompt.mask is not None:
+                open_mask(prompt.mask, "mask")
+    for lora in request.motion_loras:
+        formats.read_motion_lora(lora.path)
+    if request.context is not None:
+        Context(request.context, request.context // 4 if request.overlap is None else request.overlap)
 
 
 def _check_adapters(request: VideoRequest, config: Any) -> None:
@@ -183,7 +228,7 @@ def _attached(request: VideoRequest, pipe: Any, loader: Loader, progress: bool) 
             for i, spec in enumerate(request.controls)
         ]
         units += [
-            (f"image_prompts[{i}]", partial(_image_prompt, spec, request, pipe, loader))
+            (f"image_prompts[{i}]", partial(_image_prompt, spec, request, pipe, loader, stack))
             for i, spec in enumerate(request.image_prompts)
         ]
         if request.prompts:
@@ -207,7 +252,7 @@ def _naming(field: str) -> Iterator[None]:
 def _motion(request: VideoRequest, pipe: Any, loader: Loader) -> Motion:
     module = request.motion
     if isinstance(module, str):
-        module = cast(MotionAdapter, loader.adapter(adapter_path(module), dtype=pipe.dtype))
+        module = cast(MotionAdapter, loader.adapter(adapter_path(module), dtype=pipe.unet.dtype))
     for lora in request.motion_loras:
         module = module.with_lora(lora.path, lora.scale)
     return Motion(
@@ -249,20 +294,26 @@ def _control(
         window=spec.window,
         mask=None if spec.mask is None else open_mask(spec.mask, "mask"),
         mode=spec.mode,
-        frames=spec.frames,
+        at=spec.at,
+        frames=request.frames,
     )
 
 
-def _image_prompt(spec: ImagePromptSpec, request: VideoRequest, pipe: Any, loader: Loader) -> ImagePrompt:
-    """Its references for all frames together; of a video, each frame for its own."""
+def _image_prompt(
+    spec: ImagePromptSpec, request: VideoRequest, pipe: Any, loader: Loader, stack: ExitStack
+) -> ImagePrompt:
+    """Its references for all frames together; a video's frames one for each, or all where a projector takes a video."""
+    adapter = still.adapter_of(spec, pipe, loader)
+    given: dict[str, Any] = {"images": [[open_picture(one, "picture") for one in spec.images if not is_video(one)]]}
     if len(spec.images) == 1 and is_video(spec.images[0]):
-        source = iterate_video(spec.images[0], request.fps)
-        references: Any = [frame for _, frame in zip(range(cast(int, request.frames)), source, strict=False)]
-    else:
-        references = [[open_picture(one, "picture") for one in spec.images]]
+        frames = stack.enter_context(Frames())
+        for _, frame in zip(range(cast(int, request.frames)), iterate_video(spec.images[0], request.fps), strict=False):
+            frame.thumbnail((still.REFERENCE_SIDE, still.REFERENCE_SIDE), Image.Resampling.LANCZOS)
+            frames.append(frame)
+        given = {"video" if adapter.config["projector"] == "video" else "images": frames}
     return ImagePrompt(
-        still.adapter_of(spec, pipe, loader),
-        references,
+        adapter,
+        **given,
         scale=spec.scale,
         start=spec.start,
         end=spec.end,
@@ -293,6 +344,7 @@ def _latents(
         pipe, request.prompt, request.negative_prompt or None, guided=cast(float, request.guidance) > 1
     )
     arguments |= {"num_inference_steps": request.steps, "guidance_scale": request.guidance, "output_type": "latent"}
+    arguments["generator"] = random  # of samplers that add noise
     if callback is not None:
         arguments["callback_on_step_end"] = callback
     if request.init is not None:
@@ -300,12 +352,12 @@ def _latents(
     width, height = _size(request)
     arguments |= {"width": width, "height": height}
     # One row of text serves all frames: the motion module's hook gives each window its own.
-    clip: Tensor = pipe(**arguments, latents=first.to(pipe.dtype)).images.cpu()
+    clip: Tensor = pipe(**arguments, latents=first.to(pipe.unet.dtype)).images.cpu()
     for _ in range(request.free_init):
         fresh = _noise(pipe, request, motion, random)
         signal = float(pipe.scheduler.alphas_cumprod[-1])
         start = noise.free_init(clip.float(), first, fresh, signal)
-        clip = pipe(**arguments, latents=start.to(pipe.dtype)).images.cpu()
+        clip = pipe(**arguments, latents=start.to(pipe.unet.dtype)).images.cpu()
     return clip
 
 
@@ -329,7 +381,7 @@ def _from_video(pipe: Any, request: VideoRequest, first: Tensor, arguments: dict
     clean = torch.cat([_encode(pipe, chunk) for chunk in _chunks(taken)])
 
     def prepare_latents(image: Any, timestep: Tensor, *_: Any, **__: Any) -> Tensor:
-        at, to = timestep[:1].expand(frames), {"device": pipe._execution_device, "dtype": pipe.dtype}
+        at, to = timestep[:1].expand(frames), {"device": pipe._execution_device, "dtype": pipe.unet.dtype}
         noised: Tensor = pipe.scheduler.add_noise(clean.to(**to), first.to(**to), at.to(to["device"]))
         return noised
 
@@ -368,7 +420,7 @@ def _encode(pipe: Any, frames: list[Image.Image]) -> Tensor:
     """Frames as latents (n, channels, h, w): the posterior's mode, for what is drawn from it would flicker."""
     vae = pipe.vae
     with _wide(vae):
-        pixels = pipe.image_processor.preprocess(frames).to(vae.device, vae.dtype)
+        pixels = pipe.image_processor.preprocess(frames).to(pipe._execution_device, vae.dtype)
         latents: Tensor = vae.encode(pixels).latent_dist.mode().float()
     mean, deviation = _statistics(vae)
     return (latents.cpu() - mean) * (vae.config.scaling_factor / deviation)
@@ -399,16 +451,10 @@ def _statistics(vae: Any) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _write(
-    pipe: Any, request: VideoRequest, latents: Tensor, out: Path, borders: Sequence[int], progress: bool
+    pipe: Any, request: VideoRequest, latents: Tensor, writer: VideoWriter, borders: Sequence[int], progress: bool
 ) -> ClipFigures:
     measures = ClipMeasures(frame_encoder(pipe))
-    bar = tqdm(total=len(latents), desc="writing", disable=not progress, leave=False)
-    with (
-        bar,
-        VideoWriter(
-            out, cast(float, request.fps), _size(request), audio=request.audio, comment=_comment(request)
-        ) as writer,
-    ):
+    with tqdm(total=len(latents), desc="writing", disable=not progress, leave=False) as bar, writer:
         for chunk in latents.split(CHUNK):
             for frame in _decode(pipe, chunk, request.base):
                 measures.add(frame)
@@ -419,6 +465,8 @@ def _write(
 
 def _comment(request: VideoRequest) -> str | None:
     """The request as JSON, for whoever finds the file; None where it holds what cannot be written, or too much."""
+    if is_in_memory(request.base):
+        return None
     try:
         text = request.to_json(indent=None)
     except MahlstickError:

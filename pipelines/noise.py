@@ -22,22 +22,21 @@ def free_noise(noise: Tensor, frames: int, stride: int, generator: torch.Generat
     return noise[order[:frames]]
 
 
-def free_init(clip: Tensor, first: Tensor, fresh: Tensor, signal: float, stop: float = 0.25, order: int = 4) -> Tensor:
+def free_init(clip: Tensor, first: Tensor, fresh: Tensor, signal: float) -> Tensor:
     """Better noise for another pass: low frequencies of the clip noised again, high ones fresh (FreeInit, 2312.07537,
     eq. 5 to 7).
 
     ``clip``: the latents of the last pass (frames, channels, h, w). ``first``: the noise of the first pass. ``signal``:
-    ᾱ of the noisiest timestep. ``stop``: of the Butterworth filter of this ``order``, in fractions of the highest
-    frequency, in space and in time.
+    ᾱ of the noisiest timestep.
     """
     noised = signal**0.5 * clip + (1 - signal) ** 0.5 * first
-    keep = _butterworth((clip.shape[0], *clip.shape[-2:]), stop, order)[:, None].to(clip.device)
+    keep = _butterworth((clip.shape[0], *clip.shape[-2:]))[:, None].to(clip.device)
     axes = (0, 2, 3)
     low, high = (torch.fft.fftn(x.float(), dim=axes) for x in (noised, fresh))
     return torch.fft.ifftn(low * keep + high * (1 - keep), dim=axes).real.to(clip.dtype)
 
 
-def _butterworth(shape: tuple[int, int, int], stop: float, order: int) -> Tensor:
+def _butterworth(shape: tuple[int, int, int], stop: float = 0.25, order: int = 4) -> Tensor:
     """1 / (1 + (d / stop)^(2 · order)) over the frequencies of an FFT, with d² the sum of the squares of the three
     frequencies in fractions of the highest."""
     axes = [2 * torch.fft.fftfreq(size) for size in shape]

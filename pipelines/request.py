@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 from PIL import Image
@@ -108,8 +108,8 @@ def _field(location: Iterable[int | str]) -> str:
 
 
 def _known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    inner: dict[str, type[BaseModel]] = {"controls": ControlSpec, "image_prompts": ImagePromptSpec}
-    return list(inner.get(str(location[0]), model).model_fields if len(location) > 1 else model.model_fields)
+    inner = get_args(model.model_fields[str(location[0])].annotation) if len(location) > 1 else ()
+    return list((inner[0] if inner else model).model_fields)
 
 
 def one_line(model: type[BaseModel], error: ValidationError) -> str:
@@ -316,8 +316,8 @@ class ClipControlSpec(ControlSpec):
     """A control net and what it follows: a video, a picture for all frames, or a list with one for each."""
 
     image: list[Picture] | Picture = Field(description="a video, a folder of frames, a picture, or a picture a frame")
-    frames: list[int] | None = Field(
-        None, description="of a SparseCtrl encoder: where the pictures stand, from the end if negative"
+    at: list[int] | None = Field(
+        None, description="of a SparseCtrl encoder: the frames of the pictures, from the end if negative"
     )
 
 
@@ -363,7 +363,7 @@ class VideoRequest(_Making):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.frames is not None:
-            self.check_prompts(self.frames)
+            self._check_places(self.frames)
         if self.strength is not None and self.init is None:
             raise ValueError("strength: tells how much of init is repainted; give init, or leave it out")
         if self.init is not None and self.free_init:
@@ -374,11 +374,13 @@ class VideoRequest(_Making):
             )
         return self
 
-    def check_prompts(self, frames: int) -> None:
-        """Raise ``ValueError`` where a prompt begins outside of the clip."""
-        outside = [frame for frame in self.prompts if not 0 <= frame < frames]
-        if outside:
-            raise ValueError(f"prompts: frame {outside[0]} is none of the clip's, which are 0 to {frames - 1}")
+    def _check_places(self, frames: int) -> None:
+        """Raise ``ValueError`` where a prompt or a control picture stands outside of the clip."""
+        named = [("prompts", frame) for frame in self.prompts if not 0 <= frame < frames]
+        for i, spec in enumerate(self.controls):
+            named += [(f"controls[{i}].at", frame) for frame in spec.at or [] if not -frames <= frame < frames]
+        for name, frame in named:
+            raise ValueError(f"{name}: frame {frame} is none of the clip's, which are 0 to {frames - 1}")
 
     @property
     def effective_strength(self) -> float:

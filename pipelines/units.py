@@ -30,6 +30,8 @@ from mahlstick.pipelines.prompts import embeddings
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+_AT_ONCE = 16  # references that go through the image encoder together
+
 # What a person may hand over as a picture: a path, a PIL picture, NumPy (H, W[, C]) or torch (batch, 3, H, W).
 PictureLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 
@@ -54,8 +56,8 @@ class Control(Unit):
     ``scale``: a number, or one for each residual in the order of the network, the middle block last.
     ``start``, ``end``: fractions of the steps, or of the noise schedule with ``window="noise"``.
     ``mask``: 1 or white where the unit acts. ``mode``: ``balanced``, ``prompt``, ``control`` or ``guess``.
-    A SparseCtrl encoder has pictures of some frames of a clip: ``frames`` says of which (negative ones from the end),
-    ``clip`` how many a clip has, left out all of the call's.
+    A SparseCtrl encoder has pictures of some frames of a clip: ``at`` says of which (negative ones from the end),
+    ``frames`` how many a clip has, left out all of the call's.
     """
 
     net: ControlNet
@@ -67,8 +69,8 @@ class Control(Unit):
     mode: Mode = "balanced"
     resize: pictures.ResizeMode = "stretch"
     window: Literal["steps", "noise"] = "steps"
-    frames: Sequence[int] | None = None
-    clip: int | None = None
+    at: Sequence[int] | None = None
+    frames: int | None = None
 
     def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> ControlAttachment:
         if not isinstance(self.net, ControlNet):
@@ -76,11 +78,11 @@ class Control(Unit):
         image = _Resized(self.image, self.resize)
         mask, window = as_mask(self.mask), Window(self.start, self.end, self.window)
         if isinstance(self.net, SparseControlNet):
-            given = _Latents(image, getattr(pipe, "vae", None)) if self.net.takes_latents else image
-            where = (self.frames, self.clip)
+            given = _Latents(image, pipe) if self.net.takes_latents else image
+            where = (self.at, self.frames)
             return SparseAttachment(self.net, unet, given, *where, self.scale, mask, self.mode, window, clock)
-        if self.frames is not None or self.clip is not None:
-            raise MahlstickError("frames= and clip= are for a SparseCtrl encoder: a ControlNet has no frames.")
+        if self.at is not None:
+            raise MahlstickError("at= is for a SparseCtrl encoder: a ControlNet has a picture for every frame.")
         return ControlAttachment(self.net, unet, image, self.scale, mask, self.mode, window, clock)
 
 
@@ -147,13 +149,20 @@ class ImagePrompt(Unit):
             features, nothing = self.adapter.features([self._square(frame) for frame in frames], encoder)
         else:
             references, groups = _grouped(self.images)
-            features, nothing = self.adapter.features([self._square(r) for r in references], encoder)
+            features, nothing = self._encoded(references, encoder)
         if self.negative_features is not None:
             nothing = self.negative_features
         elif self.negative is not None:
             nothing, _ = self.adapter.features([self._square(n) for n in _flat(self.negative, "negative")], encoder)
         tokens = _References(self.adapter.tokens(features), groups)
         return tokens, _References(self.adapter.tokens(nothing), [1])
+
+    def _encoded(self, references: Sequence[Image.Image], encoder: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Features of the references, a few at a time, and of none."""
+        starts = range(0, len(references), _AT_ONCE)
+        chunks = [[self._square(reference) for reference in references[start : start + _AT_ONCE]] for start in starts]
+        features, nothings = zip(*(self.adapter.features(chunk, encoder) for chunk in chunks), strict=True)
+        return torch.cat(features), nothings[0]
 
     def _square(self, picture: Image.Image) -> Image.Image:
         side = max(picture.size)
@@ -244,7 +253,7 @@ class _Resized:
         if isinstance(image, (list, tuple)) and image and all(isinstance(one, Tensor) for one in image):
             image = torch.cat([_checked(one) for one in image])
         self.tensor = _checked(image) if isinstance(image, Tensor) else None
-        lazy = isinstance(image, Sequence) and not isinstance(image, (str, list, tuple)) and len(image)
+        lazy = self.tensor is None and _is_lazy(image)
         given = [] if self.tensor is not None else image if lazy else _flat(image, "control picture")
         self.pictures: Sequence[Image.Image] = given
 
@@ -275,11 +284,11 @@ class _Latents:
     used as it is.
     """
 
-    def __init__(self, image: _Resized, vae: Any) -> None:
-        self.image, self.vae = image, vae
+    def __init__(self, image: _Resized, pipe: Any) -> None:
+        self.image, self.pipe = image, pipe
         self._made: dict[tuple[int, int], Tensor] = {}
         self.given = image.tensor if image.tensor is not None and image.tensor.shape[1] != 3 else None
-        if self.given is None and vae is None:
+        if self.given is None and pipe is None:
             raise MahlstickError(
                 "this SparseCtrl encoder takes latents: attach to a pipeline, whose VAE makes them, or give them as a "
                 "tensor."
@@ -291,10 +300,10 @@ class _Latents:
         if self.given is not None:
             return self.given
         if (height, width) not in self._made:
-            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            picture = self.image(height * factor, width * factor, None).to(self.vae.device, self.vae.dtype)
-            latents = self.vae.encode(2 * picture - 1).latent_dist.mode()
-            self._made[height, width] = latents * self.vae.config.scaling_factor
+            vae, factor = self.pipe.vae, self.pipe.vae_scale_factor
+            picture = self.image(height * factor, width * factor, None).to(self.pipe._execution_device, vae.dtype)
+            latents = [vae.encode(2 * one - 1).latent_dist.mode() for one in picture.split(1)]
+            self._made[height, width] = torch.cat(latents) * vae.config.scaling_factor
         return self._made[height, width]
 
 
@@ -317,13 +326,16 @@ def _joined(tokens: Tensor) -> Tensor:
     return tokens.flatten(0, 1)[None]
 
 
-def _grouped(images: Any) -> tuple[list[Image.Image], list[int]]:
+def _is_lazy(images: Any) -> bool:
+    """Whether pictures are read one at a time, as a video's frames are."""
+    return isinstance(images, Sequence) and not isinstance(images, (str, list, tuple)) and len(images) > 0
+
+
+def _grouped(images: Any) -> tuple[Sequence[Image.Image], list[int]]:
     """References in one list, and how many each picture has; ``[1]`` where a flat list leaves that open."""
-    if (
-        isinstance(images, Sequence)
-        and not isinstance(images, str)
-        and any(isinstance(i, (list, tuple)) for i in images)
-    ):
+    if _is_lazy(images):
+        return images, [1]
+    if isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images):
         groups = [_flat(group, "reference") for group in images]
         if len({len(group) for group in groups}) != 1:
             raise MahlstickError(

@@ -198,7 +198,6 @@ def iterate_video(path: PathLike, fps: float | Fraction | None = None) -> Iterat
     its turn.
     """
     source = _source(Path(path))
-    source.require_one_size()
     return source.pictures(fps)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 import mahlstick as ms
 from benchmarks import tiny
-from mahlstick.pipelines.video import Frames, VideoWriter, read_video, video_comment, video_info
+from mahlstick.pipelines.load import Loader
+from mahlstick.pipelines.video import VideoWriter, read_video, video_comment, video_info
 from tests.test_sparse_control import reference
 
 STEPS = 2
@@ -63,7 +64,7 @@ def test_it_is_what_the_stock_pipeline_makes(family: str, tmp_path: Path) -> Non
     assert np.abs(pixels(found) - pixels(stock)).max() <= 1
 
 
-def test_a_long_clip_begins_like_a_short_one_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_long_clip_is_the_same_again_and_nothing_is_left(tmp_path: Path) -> None:
     pipe = pipeline()
     module, hooks = tiny.motion_adapter(pipe.unet), len(pipe.unet._forward_pre_hooks)
     parts = {name: id(part) for name, part in pipe.components.items()}
@@ -150,12 +151,20 @@ def test_prompts_references_and_more_passes(clip: Path, tmp_path: Path) -> None:
 
 
 def test_the_file_carries_its_request(tmp_path: Path) -> None:
+    """With which a sampler that draws noise of its own makes the same again; a base in memory cannot be written."""
     pipe = pipeline()
+    pipe.save_pretrained(tmp_path / "base")
     folder = tiny.motion_adapter(pipe.unet).save_pretrained(tmp_path / "module")
-    request = ms.VideoRequest(prompt="fox", frames=4, motion=str(folder), **FAST)
-    animation, _ = made(request, tmp_path / "clip.mp4", pipe)
-    kept = ms.VideoRequest.from_json(video_comment(tmp_path / "clip.mp4") or "")
+    request = ms.VideoRequest(
+        prompt="fox", base=str(tmp_path / "base"), frames=3, motion=str(folder), scheduler="euler_a", **FAST
+    )
+    animation, found = made(request, tmp_path / "clip.webp", None, device="cpu")
+    kept = ms.VideoRequest.from_json(video_comment(tmp_path / "clip.webp") or "")
     assert kept == animation.request and kept.seed == 3 and kept.fps == 8
+    _, again = made(kept, tmp_path / "again.webp", None, device="cpu")
+    assert (pixels(again) == pixels(found)).all()
+    made(kept, tmp_path / "memory.webp", pipe)
+    assert video_comment(tmp_path / "memory.webp") is None
 
 
 def test_pictures_at_some_frames(tmp_path: Path) -> None:
@@ -164,13 +173,12 @@ def test_pictures_at_some_frames(tmp_path: Path) -> None:
     control: dict[str, Any] = {"adapter": str(tmp_path / "sparse"), "scale": 10}
     request: dict[str, Any] = {"prompt": "fox", "frames": 4, "motion": tiny.motion_adapter(pipe.unet), **FAST}
     found = {}
-    for name, more in (("first", {}), ("zero", {"frames": [0]}), ("last", {"frames": [-1]})):
+    for name, more in (("first", {}), ("zero", {"at": [0]}), ("last", {"at": [-1]})):
         asked = ms.VideoRequest(controls=[control | {"image": tiny.picture()} | more], **request)
         found[name] = pixels(made(asked, tmp_path / name, pipe)[1])
     assert (found["first"] == found["zero"]).all() and (found["first"] != found["last"]).any()
-    with pytest.raises(ms.MahlstickError, match=r"controls\[0\]: .*frame 4 is not in a clip of 4|frame 4 is not in"):
-        asked = ms.VideoRequest(controls=[control | {"image": tiny.picture(), "frames": [4]}], **request)
-        ms.animate(asked, tmp_path / "out.mp4", pipe=pipe, progress=False)
+    with pytest.raises(ms.MahlstickError, match=r"controls\[0\]\.at: frame 4 is none of the clip's, which are 0 to 3"):
+        ms.VideoRequest(controls=[control | {"image": tiny.picture(), "at": [4]}], **request)
 
 
 # what goes wrong
@@ -183,6 +191,7 @@ def test_pictures_at_some_frames(tmp_path: Path) -> None:
         ({"frames": 1}, "frames: should be greater than or equal to 2, not 1"),
         ({"frames": 8, "prompts": {8: "owl"}}, "prompts: frame 8 is none of the clip's, which are 0 to 7"),
         ({"strength": 0.5}, "strength: tells how much of init is repainted"),
+        ({"controls": [{"adapter": "x", "image": "a.png", "frame": 3}]}, r"controls\[0\].frame: is not a field"),
         ({"init": "a.mp4", "free_init": 1}, "free_init: is for clips from words alone"),
         ({"fps": 0}, "fps: should be greater than 0"),
     ],
@@ -192,34 +201,58 @@ def test_requests_that_cannot_be(fields: dict[str, Any], told: str) -> None:
         ms.VideoRequest(prompt="fox", **fields)
 
 
-def test_bad_files_are_told_before_any_work(clip: Path, tmp_path: Path) -> None:
+class NoLoader(Loader):
+    """One that must not be asked for a base."""
+
+    def pipeline(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("a base was loaded")
+
+
+def test_bad_files_are_told_before_a_base_is_loaded(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(clip.read_bytes()[:-600])
     (tmp_path / "text.mp4").write_text("no video")
     tiny.picture().save(tmp_path / "one.png")
-    pipe = pipeline()
-    module = tiny.motion_adapter(pipe.unet)
+    module = tiny.motion_adapter(tiny.unet("sd1"))
+    tiny.unet("sd1").save_pretrained(tmp_path / "base" / "unet")
     wrong = tmp_path / "sdxl"
     tiny.motion_adapter(tiny.unet("sdxl")).save_pretrained(wrong)
     out = tmp_path / "out.mp4"
     for fields, told in (
         ({"init": str(tmp_path / "text.mp4")}, "text.mp4"),
         ({"init": str(tmp_path / "broken.mp4")}, "broken.mp4"),
-        ({"init": str(tmp_path / "missing.mp4")}, "missing.mp4"),
-        ({"init": str(tmp_path / "one.png")}, "one.png"),
+        ({"init": str(tmp_path / "missing.mp4")}, "missing.mp4.* does not exist|no such file.*missing.mp4"),
+        ({"init": str(tmp_path / "one.png")}, "one.png is no video"),
+        ({"controls": [{"adapter": "x", "image": str(tmp_path / "none.png")}]}, r"controls\[0\]: .*none.png"),
+        ({"controls": [{"adapter": "x", "image": [tiny.picture()] * 3}], "frames": 4}, "3 pictures for 4 frames"),
+        ({"controls": [{"adapter": "x", "image": tiny.picture(), "annotator": "fog"}]}, "fog"),
+        ({"image_prompts": [{"images": [str(tmp_path / "none.png")]}]}, r"image_prompts\[0\]: .*none.png"),
+        ({"image_prompts": [{"images": [str(clip)]}], "frames": 40}, "has 10 frames at 8 a second, and 40 are asked"),
+        ({"motion_loras": [{"path": str(tmp_path / "one.png")}]}, "one.png"),
+        ({"init": str(clip), "fps": 0.5}, "has 1 frames at 0.5 a second, and 2 are asked for"),
+        ({"context": 4, "overlap": 4}, "overlap must be a whole number from 0 to 3"),
         ({"init": str(clip), "frames": 40}, "has 12 frames at 10 a second, and 40 are asked for"),
         ({"init": str(clip), "prompts": {12: "owl"}}, "frame 12 is none of the clip's, which are 0 to 11"),
         ({"motion": str(wrong)}, "this motion module was made for"),
         ({"motion": str(tmp_path / "nothing")}, "nothing"),
-        ({"context": 9}, "motion: 9 frames are more than the 8"),
     ):
-        request = ms.VideoRequest(**{"prompt": "fox", "motion": module, **FAST, **fields})
+        request = ms.VideoRequest(
+            **{"prompt": "fox", "motion": module, "base": str(tmp_path / "base"), **FAST, **fields}
+        )
         with pytest.raises(ms.MahlstickError, match=told):
-            ms.animate(request, out, pipe=pipe, progress=False)
-        assert not out.exists() and not pipe.unet._forward_pre_hooks
+            ms.animate(request, out, loader=NoLoader(), progress=False)
+        assert not out.exists()
     request = ms.VideoRequest(prompt="fox", frames=4, motion=module, **FAST)
     for target in (tmp_path / "out.avi", tmp_path / "text.mp4" / "out.mp4"):
         with pytest.raises(ms.MahlstickError):
-            ms.animate(request, target, pipe=pipe, progress=False)
+            ms.animate(request, target, loader=NoLoader(), progress=False)
+
+
+def test_a_number_that_only_the_module_refuses(tmp_path: Path) -> None:
+    pipe = pipeline()
+    request = ms.VideoRequest(prompt="fox", frames=12, motion=tiny.motion_adapter(pipe.unet), context=9, **FAST)
+    with pytest.raises(ms.MahlstickError, match="motion: 9 frames are more than the 8"):
+        ms.animate(request, tmp_path / "out.mp4", pipe=pipe, progress=False)
+    assert not pipe.unet._forward_pre_hooks
 
 
 def test_a_run_that_is_stopped_leaves_no_file(tmp_path: Path) -> None:
@@ -276,9 +309,3 @@ def test_a_motion_lora_from_the_command(tmp_path: Path) -> None:
     )
     with pytest.raises(ms.MahlstickError, match=r"lora\.safetensors"):
         ms.animate(request, tmp_path / "out.mp4", pipe=pipeline(), progress=False)
-
-
-def test_frames_take_no_memory() -> None:
-    with Frames() as frames:
-        frames.append(tiny.picture())
-        assert len(frames) == 1 and frames[0].size == (64, 64)

@@ -143,6 +143,21 @@ def test_two_clips_in_windows() -> None:
 
 
 @torch.no_grad()
+def test_two_motion_modules_in_windows() -> None:
+    """The outer one's windows are those of both; with per-frame controls each still sees its own."""
+    unet, inputs = tiny.unet("sd1"), tiny.unet_inputs("sd1", batch=LONG)
+    module = tiny.motion_adapter(unet)
+    net = ms.ControlNet.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 6, 8))
+    net.load_state_dict(tiny.controlnet("sd1").state_dict())
+    control = ms.Control(net, torch.rand(LONG, 3, tiny.SIZE, tiny.SIZE))
+    half = ms.Motion(module, frames=LONG, scale=0.5, **STATIC)
+    with ms.attach(unet, half, control, ms.Motion(module, frames=LONG, scale=0.5, context=5, overlap=2)):
+        found = unet(**inputs).sample
+    with ms.attach(unet, half, control):
+        assert found.isfinite().all() and (unet(**inputs).sample - found).abs().max() > 1e-4
+
+
+@torch.no_grad()
 def test_up_to_the_context_it_is_the_plain_call() -> None:
     unet = tiny.unet("sd1")
     module, inputs = tiny.motion_adapter(unet), tiny.unet_inputs("sd1", batch=LONG)
@@ -173,9 +188,11 @@ def test_no_call_is_larger_than_a_window() -> None:
     for module in (unet.conv_in, net.conv_in, net.controlnet_cond_embedding.conv_in):
         module.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[0]))
     frames = torch.rand(40, 3, tiny.SIZE, tiny.SIZE)
-    with ms.attach(unet, ms.Motion(tiny.motion_adapter(unet), context=SEEN), ms.Control(net, frames), guidance=True):
-        unet(**tiny.unet_inputs("sd1", batch=80))
-    assert seen == {2 * SEEN, SEEN}
+    for scale in (1.0, 0.0):
+        motion = ms.Motion(tiny.motion_adapter(unet), context=SEEN, scale=scale)
+        with ms.attach(unet, motion, ms.Control(net, frames), guidance=True):
+            unet(**tiny.unet_inputs("sd1", batch=80))
+        assert seen == {2 * SEEN, SEEN}
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def test_diffusers_pipeline(variant: str, tmp_path: Path) -> None:
         controlnet_frame_indices=PLACES, controlnet_conditioning_scale=0.7, **CALL,
     ).frames[0].transpose(0, 1)  # fmt: skip
     call = CALL | {"num_images_per_prompt": FRAMES, "latents": clip_latents(FRAMES)}
-    control = ms.Control(ms.load_adapter(tmp_path / "net"), pictures, scale=0.7, frames=PLACES)
+    control = ms.Control(ms.load_adapter(tmp_path / "net"), pictures, scale=0.7, at=PLACES)
     with ms.attach(pipe, ms.Motion(module)):
         without = pipe("fox", **call).images
         with ms.attach(pipe, control):
@@ -63,24 +63,24 @@ def test_clips_of_a_batch_and_windows(tmp_path: Path) -> None:
     net: Any = ms.load_adapter(tmp_path)
     unet, given = tiny.unet("sd1"), conditions("scribble")
     inputs = tiny.unet_inputs("sd1", batch=2 * FRAMES)
-    with ms.attach(unet, ms.Control(net, given, frames=PLACES, clip=FRAMES)):
+    with ms.attach(unet, ms.Control(net, given, at=PLACES, frames=FRAMES)):
         both = unet(**inputs).sample
     for clip in range(2):
         rows = slice(clip * FRAMES, (clip + 1) * FRAMES)
         part = {name: inputs[name][rows] for name in ("sample", "encoder_hidden_states")}
-        with ms.attach(unet, ms.Control(net, given, frames=PLACES)):
+        with ms.attach(unet, ms.Control(net, given, at=PLACES)):
             alone = unet(timestep=inputs["timestep"], **part).sample
         assert torch.allclose(alone, both[rows], atol=1e-5)
 
     module = tiny.motion_adapter(unet)
     motion = ms.Motion(module, context=4, overlap=0)
     eight = tiny.unet_inputs("sd1", batch=8)
-    with ms.attach(unet, motion, ms.Control(net, given, frames=[1, 6])):
+    with ms.attach(unet, motion, ms.Control(net, given, at=[1, 6])):
         whole = unet(**eight).sample
     for window, place in ((0, 1), (1, 2)):
         rows = slice(4 * window, 4 * window + 4)
         part = {name: eight[name][rows] for name in ("sample", "encoder_hidden_states")}
-        with ms.attach(unet, ms.Motion(module), ms.Control(net, given[window : window + 1], frames=[place])):
+        with ms.attach(unet, ms.Motion(module), ms.Control(net, given[window : window + 1], at=[place])):
             alone = unet(timestep=eight["timestep"], **part).sample
         assert torch.allclose(alone, whole[rows], atol=1e-5)
 
@@ -90,18 +90,18 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     net: Any = ms.load_adapter(tmp_path)
     unet = tiny.unet("sd1")
     with pytest.raises(ms.MahlstickError, match="takes latents: attach to a pipeline, whose VAE makes them, or give"):
-        ms.attach(unet, ms.Control(net, tiny.picture(), frames=[0]))
+        ms.attach(unet, ms.Control(net, tiny.picture(), at=[0]))
     inputs = tiny.unet_inputs("sd1", batch=FRAMES)
     with (
-        ms.attach(unet, ms.Control(net, conditions("rgb"), frames=[0, 6])),
+        ms.attach(unet, ms.Control(net, conditions("rgb"), at=[0, 6])),
         pytest.raises(ms.MahlstickError, match="frame 6 is not in a clip of 6"),
     ):
         unet(**inputs)
     with (
-        ms.attach(unet, ms.Control(net, conditions("rgb"), frames=[0, 1], clip=4)),
+        ms.attach(unet, ms.Control(net, conditions("rgb"), at=[0, 1], frames=4)),
         pytest.raises(ms.MahlstickError, match="6 pictures are no clips of 4 frames"),
     ):
         unet(**inputs)
     plain = ms.ControlNet.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 6, 8))
-    with pytest.raises(ms.MahlstickError, match="frames= and clip= are for a SparseCtrl encoder"):
-        ms.attach(unet, ms.Control(plain, tiny.picture(), frames=[0]))
+    with pytest.raises(ms.MahlstickError, match="at= is for a SparseCtrl encoder"):
+        ms.attach(unet, ms.Control(plain, tiny.picture(), at=[0]))

@@ -59,6 +59,35 @@ def test_a_control_and_windows_see_the_frames_own_text() -> None:
     assert torch.allclose(before, after, atol=1e-6), "the order of units does not matter"
 
 
+def test_long_prompts_go_with_short_ones() -> None:
+    """Words beyond the encoder's window make longer text; the shorter is repeated, which attention does not notice."""
+    pipe = pipeline("sd1")
+    long = "a fox and an owl and a bear " * 12
+    found = made(pipe, "anything", ms.PromptTravel({0: long, 5: long}), negative_prompt=None)
+    assert found.isfinite().all()
+    short = made(pipe, "anything", ms.PromptTravel({0: "fox"}))
+    assert (found - short).abs().max() > 1e-4
+
+
+def test_behind_a_motion_module_with_one_row_of_text() -> None:
+    """Attached before it or after, on SDXL too, with arguments by position, and after a call that failed."""
+    unet = pipeline("sdxl").unet
+    pipe, inputs = pipeline("sdxl"), tiny.unet_inputs("sdxl", batch=FRAMES)
+    one = {name: value[:1] for name, value in inputs["added_cond_kwargs"].items()}
+    text = inputs["encoder_hidden_states"][:1]
+    motion, travel = ms.Motion(tiny.motion_adapter(unet), context=4), ms.PromptTravel({0: "fox", 5: "owl"})
+    found = []
+    for units in ((motion, travel), (travel, motion)):
+        with torch.no_grad(), ms.attach(pipe, *units, guidance=None):
+            pipe._guidance_scale = 1.0
+            handle = pipe.unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipe.unet(inputs["sample"], 401, text, added_cond_kwargs=one)
+            handle.remove()
+            found.append(pipe.unet(inputs["sample"], 401, text, added_cond_kwargs=one).sample)
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+
+
 def test_weights_and_their_absence() -> None:
     pipe = pipeline("sd1")
     heavy = made(pipe, "anything", ms.PromptTravel({0: "a (fox:1.6)"}))

@@ -177,14 +177,11 @@ def _generate(
     from mahlstick.pipelines.request import Request
 
     request = Request(**fields)
-    from mahlstick.pipelines.generate import check_folder, check_target
+    from mahlstick.pipelines.generate import check_target
     from mahlstick.pipelines.generate import generate as make
 
     check_target(out)
-    if save_request is not None:
-        check_folder(Path(save_request).parent)
-        if os.path.isdir(save_request):
-            raise MahlstickError(f"--save-request {save_request}: is a folder; give the name of a file")
+    _check_request_file(save_request)
     _quiet_libraries()
     existed = out.is_file()
     result = make(request, device=device, dtype=dtype, progress=sys.stderr.isatty() and not as_json)
@@ -197,6 +194,16 @@ def _generate(
         return
     for path, used in zip(paths, seeds, strict=True):
         typer.echo(f"{path}  seed {used}{'  (replaced)' if existed else ''}")
+
+
+def _check_request_file(path: str | None) -> None:
+    """Whether a request could be written there, before anything is made."""
+    from mahlstick.pipelines.generate import check_folder
+
+    if path is not None:
+        check_folder(Path(path).parent)
+        if os.path.isdir(path):
+            raise MahlstickError(f"--save-request {path}: is a folder; give the name of a file")
 
 
 def _size(text: str | None) -> dict[str, int]:
@@ -252,7 +259,10 @@ def animate(
     ] = None,
     prompt_at: Annotated[
         list[str] | None,
-        typer.Option(metavar="FRAME=PROMPT", help="From this frame on another prompt. May be repeated."),
+        typer.Option(
+            metavar="FRAME=PROMPT",
+            help="From here another prompt, and a mixture on the way. May be repeated.",
+        ),
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
     base: Base = None,
@@ -381,6 +391,7 @@ def _animate(
     asked = VideoRequest(**fields)
     from mahlstick.pipelines.animate import animate as make
 
+    _check_request_file(save_request)
     _quiet_libraries()
     made = make(asked, out, device=device, dtype=dtype, progress=sys.stderr.isatty() and not as_json)
     if save_request is not None:
