@@ -132,7 +132,7 @@ def _settled(request: VideoRequest) -> tuple[VideoRequest, list[VideoInfo]]:
     fps = request.fps or (float(leading[0].fps) if leading and leading[0].fps else FPS)
     frames = request.frames or (min(*(source.frames_at(fps) for source in leading), FRAME_LIMIT) if leading else FRAMES)
     for source in sources:
-        if source.note:
+        if source.note and source.fps is not None:  # its rate varies; a folder has none
             warnings.warn(f"{source.path}: {source.note}", stacklevel=3)
         held = source.frames_at(fps)
         if held < max(frames, 2):

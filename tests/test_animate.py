@@ -69,9 +69,9 @@ def test_a_long_clip_is_the_same_again_and_nothing_is_left(tmp_path: Path) -> No
     module, hooks = tiny.motion_adapter(pipe.unet), len(pipe.unet._forward_pre_hooks)
     parts = {name: id(part) for name, part in pipe.components.items()}
     animation, found = made(
-        ms.VideoRequest(prompt="fox", frames=14, context=6, motion=module, **FAST), tmp_path / "long", pipe
+        ms.VideoRequest(prompt="fox", frames=9, context=4, motion=module, **FAST), tmp_path / "long", pipe
     )
-    assert len(found) == 14 and animation.windows == (6, 1)
+    assert len(found) == 9 and animation.windows == (4, 1)
     assert animation.figures.seam is not None and animation.figures.consistency is not None
     assert len(pipe.unet._forward_pre_hooks) == hooks and not pipe.unet._forward_hooks
     assert {name: id(part) for name, part in pipe.components.items()} == parts and "prepare_latents" not in vars(pipe)

@@ -19,7 +19,8 @@ import mahlstick as ms
 from benchmarks import tiny
 from mahlstick.pipelines.load import for_task
 
-FRAMES = 5
+FRAMES = 4
+SHALLOW: dict[str, Any] = {"layers_per_block": 1, "transformer_layers_per_block": 1}
 WHOLE: dict[str, Any] = {"context": FRAMES}
 WINDOWS: dict[str, Any] = {"context": 3, "overlap": 1}
 
@@ -29,16 +30,15 @@ def pipeline(family: str, task: Any) -> Any:
     if task != "text":
         return tiny.quiet(for_task(pipeline(family, "text"), task))
     kind = {"sd1": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}[family]
-    return tiny.quiet(kind(**tiny.components(family)))
+    return tiny.quiet(kind(**tiny.components(family, **SHALLOW)))
 
 
 @cache
 def nets(family: str) -> list[ms.ControlNet]:
     unet, found = pipeline(family, "text").unet, []
     for seed in (1, 2):
-        net = ms.ControlNet.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 6, 8))
-        net.load_state_dict(tiny.controlnet(family, seed).state_dict())
-        found.append(net)
+        torch.manual_seed(seed)
+        found.append(tiny.awake(ms.ControlNet.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 6, 8))))
     return found
 
 

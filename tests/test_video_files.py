@@ -396,8 +396,8 @@ def test_a_folder_is_read_by_number(tmp_path: Path) -> None:
 
     picture(0).save(tmp_path / "frame 11.jpg")
     assert "differ in size" in video_info(tmp_path).note
-    for read in (read_video, iterate_video):
-        refused(lambda read=read: read(tmp_path), str(tmp_path), "different sizes")
+    refused(lambda: read_video(tmp_path), str(tmp_path), "different sizes")
+    assert len({frame.size for frame in iterate_video(tmp_path)}) == 2, "one at a time they may differ"
     with read_video(tmp_path, size=(8, 8)) as frames:
         assert len(frames) == 5 and frames.size == (8, 8)
 
