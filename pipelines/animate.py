@@ -90,7 +90,7 @@ def animate(
         callback: diffusers' ``callback_on_step_end``.
 
     Frames are read, encoded, decoded and written a few at a time, and the UNet sees a window of them, so that a long
-    clip takes the memory of a short one. Raises :class:`MahlstickError` before anything is loaded where a file, an
+    clip takes hardly more memory than a short one. Raises :class:`MahlstickError` before anything is loaded where a file, an
     adapter or a number does not do.
     """
     loader = loader or Loader()
@@ -169,6 +169,10 @@ def _check_files(request: VideoRequest) -> None:
                 open_mask(spec.mask, "mask")
     for i, prompt in enumerate(request.image_prompts):
         with _naming(f"image_prompts[{i}]"):
+            if len(prompt.images) > 1 and any(map(is_video, prompt.images)):
+                raise MahlstickError(
+                    "a video is a reference for each frame and stands alone; give pictures or the video"
+                )
             for picture in (*prompt.images, prompt.negative):
                 if picture is not None and not is_video(picture):
                     open_picture(picture, "picture")
@@ -304,13 +308,14 @@ def _image_prompt(
 ) -> ImagePrompt:
     """Its references for all frames together; a video's frames one for each, or all where a projector takes a video."""
     adapter = still.adapter_of(spec, pipe, loader)
-    given: dict[str, Any] = {"images": [[open_picture(one, "picture") for one in spec.images if not is_video(one)]]}
-    if len(spec.images) == 1 and is_video(spec.images[0]):
+    if is_video(spec.images[0]):
         frames = stack.enter_context(Frames())
         for _, frame in zip(range(cast(int, request.frames)), iterate_video(spec.images[0], request.fps), strict=False):
             frame.thumbnail((still.REFERENCE_SIDE, still.REFERENCE_SIDE), Image.Resampling.LANCZOS)
             frames.append(frame)
-        given = {"video" if adapter.config["projector"] == "video" else "images": frames}
+        given: dict[str, Any] = {"video" if adapter.config["projector"] == "video" else "images": frames}
+    else:
+        given = {"images": [[open_picture(one, "picture") for one in spec.images]]}
     return ImagePrompt(
         adapter,
         **given,

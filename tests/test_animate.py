@@ -227,6 +227,7 @@ def test_bad_files_are_told_before_a_base_is_loaded(clip: Path, tmp_path: Path) 
         ({"controls": [{"adapter": "x", "image": tiny.picture(), "annotator": "fog"}]}, "fog"),
         ({"image_prompts": [{"images": [str(tmp_path / "none.png")]}]}, r"image_prompts\[0\]: .*none.png"),
         ({"image_prompts": [{"images": [str(clip)]}], "frames": 40}, "has 10 frames at 8 a second, and 40 are asked"),
+        ({"image_prompts": [{"images": [str(clip), tiny.picture()]}]}, r"image_prompts\[0\]: a video is a reference"),
         ({"motion_loras": [{"path": str(tmp_path / "one.png")}]}, "one.png"),
         ({"init": str(clip), "fps": 0.5}, "has 1 frames at 0.5 a second, and 2 are asked for"),
         ({"context": 4, "overlap": 4}, "overlap must be a whole number from 0 to 3"),
