@@ -90,8 +90,8 @@ def animate(
         callback: diffusers' ``callback_on_step_end``.
 
     Frames are read, encoded, decoded and written a few at a time, and the UNet sees a window of them, so that a long
-    clip takes hardly more memory than a short one. Raises :class:`MahlstickError` before anything is loaded where a file, an
-    adapter or a number does not do.
+    clip takes hardly more memory than a short one. Raises :class:`MahlstickError` before anything is loaded where a
+    file, an adapter or a number does not do.
     """
     loader = loader or Loader()
     check_video_target(out)
