@@ -1,0 +1,1 @@
+"""What ComfyUI writes: workflows as JSON, in pictures, and packs of nodes."""

@@ -1,0 +1,111 @@
+"""Where models, inputs and outputs lie: ComfyUI's folder layout, below folders that the user names.
+
+``models/checkpoints``, ``models/loras``, ``models/controlnet`` and so on; a ComfyUI's own ``models`` folder serves as
+it is. What comes with mahlstick is there under its name (``embedded``) without any folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mahlstick.errors import MahlstickError
+
+#: ComfyUI's name of a kind of model, and the folders below ``models`` where it looks for it.
+KINDS: dict[str, tuple[str, ...]] = {
+    "checkpoints": ("checkpoints",),
+    "diffusion_models": ("diffusion_models", "unet"),
+    "vae": ("vae",),
+    "clip": ("text_encoders", "clip"),
+    "loras": ("loras",),
+    "controlnet": ("controlnet", "t2i_adapter"),
+    "clip_vision": ("clip_vision",),
+    "ipadapter": ("ipadapter",),
+    "animatediff_models": ("animatediff_models",),
+    "animatediff_motion_lora": ("animatediff_motion_lora",),
+    "embeddings": ("embeddings",),
+    "upscale_models": ("upscale_models",),
+}
+_WEIGHTS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of one run. Names in workflows are paths relative to these, and stay inside them."""
+
+    models: Path = field(default_factory=lambda: Path("models"))
+    input: Path = field(default_factory=lambda: Path("input"))
+    output: Path = field(default_factory=lambda: Path("output"))
+    temp: Path = field(default_factory=lambda: Path("temp"))
+
+
+_current: ContextVar[Folders] = ContextVar("folders")
+
+
+def current() -> Folders:
+    """The folders of this run; left unset, those below the working folder."""
+    return _current.get(Folders())
+
+
+@contextmanager
+def using(folders: Folders) -> Iterator[Folders]:
+    """Within the block these folders are the current ones."""
+    token = _current.set(folders)
+    try:
+        yield folders
+    finally:
+        _current.reset(token)
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path ``name`` below ``root``. Raises ``MahlstickError`` where it leads outside."""
+    base = root.expanduser().resolve()
+    path = Path(os.path.normpath(base / name))
+    if not name or "\0" in name or not path.resolve().is_relative_to(base):
+        raise MahlstickError(f"{name!r} leads outside {root}; give a name below it.")
+    return path
+
+
+def listed(kind: str) -> list[str]:
+    """The names of the models of a kind, sorted: files, and folders in diffusers' layout."""
+    found: set[str] = set()
+    for root in _roots(kind):
+        for folder, subfolders, files in os.walk(root):
+            here = Path(folder).relative_to(root)
+            whole = [name for name in subfolders if _is_model(Path(folder) / name)]
+            subfolders[:] = [name for name in subfolders if name not in whole and not name.startswith(".")]
+            found |= {(here / name).as_posix() for name in [*whole, *files] if name in whole or _is_weights(name)}
+    return sorted(found)
+
+
+def find(kind: str, name: str) -> Path:
+    """The path of a model by its name in workflows. Raises ``MahlstickError`` where there is none."""
+    for root in _roots(kind):
+        path = inside(root, name)
+        if path.exists():
+            return path
+    raise MahlstickError(
+        f"{name}: no such model below {current().models / KINDS[kind][0]}; put it there, or choose another."
+    )
+
+
+def stamp(path: Path) -> str:
+    """What changes when the file or folder does: names, sizes and dates."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return "|".join(f"{each.name}:{each.stat().st_size}:{each.stat().st_mtime_ns}" for each in files if each.is_file())
+
+
+def _roots(kind: str) -> list[Path]:
+    return [current().models / folder for folder in KINDS[kind]]
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "model_index.json").is_file() or (path / "config.json").is_file()
+
+
+def _is_weights(name: str) -> bool:
+    return Path(name).suffix.lower() in _WEIGHTS and not name.startswith(".")

@@ -1,0 +1,137 @@
+"""What flows between nodes, in ComfyUI's shapes, and the types by which nodes declare it.
+
+IMAGE is a tensor ``(batch, height, width, 3)`` in [0, 1], MASK ``(batch, height, width)``, LATENT a dict with
+``samples`` ``(batch, channels, h, w)`` as the autoencoder gives them, not multiplied by its scaling factor, and
+CONDITIONING a list of ``[text (1, length, dim), options]``. What else flows are the classes below. None of them is ever
+changed: a node that adjusts a model returns another that shares its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from torch import Tensor
+
+from mahlstick.adapters.base import Adapter
+from mahlstick.nodes.schema import Socket
+from mahlstick.pipelines.units import Unit
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+#: Changes a network for as long as a block lasts: a LoRA, FreeU.
+Patch = Callable[[Any], AbstractContextManager[Any]]
+
+#: The guided estimate from (conditional, unconditional, scale, x, sigma), each an estimate of x0.
+Guide = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
+
+#: ``denoiser(x, sigma) -> x0`` with ``sigma`` of shape ``(batch,)``.
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A UNet with what sampling must know of it.
+
+    ``sigmas`` is the noise of each training step, rising. ``units`` act on the UNet while it samples, ``patches``
+    change it for so long. Latents ``z`` go in as ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one latent,
+    along one side.
+    """
+
+    unet: Any
+    sigmas: Tensor
+    prediction: Prediction = "epsilon"
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
+    factor: int = 8
+    units: tuple[Unit, ...] = ()
+    patches: tuple[Patch, ...] = ()
+    guide: Guide | None = None
+
+    def with_units(self, *units: Unit) -> Model:
+        return replace(self, units=(*self.units, *units))
+
+    def with_patch(self, patch: Patch) -> Model:
+        return replace(self, patches=(*self.patches, patch))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Text encoders with their tokenizers: one for Stable Diffusion 1 and 2, two for XL.
+
+    ``layer`` counts hidden states from the end (-1 the last); None is the family's own.
+    """
+
+    tokenizers: tuple[Any, ...]
+    encoders: tuple[Any, ...]
+    layer: int | None = None
+    patches: tuple[Patch, ...] = ()
+
+    def with_patch(self, patch: Patch) -> Clip:
+        """``patch`` is called with the tuple of encoders."""
+        return replace(self, patches=(*self.patches, patch))
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder of diffusers. Its latents flow as it gives them, without its scaling factor."""
+
+    autoencoder: Any
+
+    @property
+    def factor(self) -> int:
+        """Pixels for one latent, along one side."""
+        return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
+
+
+@dataclass(frozen=True)
+class ClipVision:
+    """A vision model of transformers with its picture processor."""
+
+    encoder: Any
+    processor: Any
+
+
+@dataclass(frozen=True)
+class ControlHint:
+    """A ControlNet applied to a conditioning: kept in its options under ``control``, as a tuple of these.
+
+    ``image`` is an IMAGE. ``start`` and ``end`` are fractions of the noise schedule (ComfyUI's percent).
+    """
+
+    net: Adapter
+    image: Tensor
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: Tensor | None = None
+    mode: str = "balanced"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler with its own settings, as ``SamplerCustom`` takes it: ``run(denoiser, x, sigmas, **options)``."""
+
+    run: Callable[..., Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+ModelT = Annotated[Model, Socket("MODEL")]
+ClipT = Annotated[Clip, Socket("CLIP")]
+VaeT = Annotated[Vae, Socket("VAE")]
+ConditioningT = Annotated[list[Any], Socket("CONDITIONING")]
+LatentT = Annotated[dict[str, Any], Socket("LATENT")]
+ImageT = Annotated[Tensor, Socket("IMAGE")]
+MaskT = Annotated[Tensor, Socket("MASK")]
+ControlNetT = Annotated[Any, Socket("CONTROL_NET")]
+ClipVisionT = Annotated[ClipVision, Socket("CLIP_VISION")]
+ClipVisionOutputT = Annotated[Any, Socket("CLIP_VISION_OUTPUT")]
+SamplerT = Annotated[Sampler, Socket("SAMPLER")]
+SigmasT = Annotated[Tensor, Socket("SIGMAS")]
+NoiseT = Annotated[Any, Socket("NOISE")]
+GuiderT = Annotated[Any, Socket("GUIDER")]
+IPAdapterT = Annotated[Any, Socket("IPADAPTER")]
+EmbedsT = Annotated[Any, Socket("EMBEDS")]
+AnyT = Annotated[Any, Socket("*")]
