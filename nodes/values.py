@@ -36,8 +36,8 @@ class Model:
     """A UNet with what sampling must know of it.
 
     ``sigmas`` is the noise of each training step, rising. ``units`` act on the UNet while it samples, ``patches``
-    change it for so long. Latents ``z`` go in as ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one latent,
-    along one side.
+    change it for so long. Latents ``z`` go in as ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one
+    latent, along one side.
     """
 
     unet: Any
