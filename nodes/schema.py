@@ -222,7 +222,7 @@ class NodeType:
         """The node's entry in ComfyUI's ``/object_info``."""
         required = {each.name: each.info for each in self.inputs if each.required}
         optional = {each.name: each.info for each in self.inputs if not each.required}
-        groups = {"required": required, "optional": optional, "hidden": self.hidden}
+        groups: dict[str, Mapping[str, Any]] = {"required": required, "optional": optional, "hidden": self.hidden}
         kept = {group: found for group, found in groups.items() if found or group == "required"}
         return {
             "input": kept,
