@@ -110,6 +110,10 @@ class Clock:
             "a window in steps needs a pipeline to count them: attach to the pipeline, not to its bare UNet."
         )
 
+    def done(self, timestep: Timestep) -> float:
+        """How much of the noise schedule lies behind this call: 0 at the noisiest timestep, 1 at the cleanest."""
+        return 1.0 - float(torch.as_tensor(timestep).flatten()[0]) / (self.train_timesteps - 1)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -139,8 +143,7 @@ class Window:
         if self.whole:
             return True
         if self.unit == "noise":
-            done = 1.0 - float(torch.as_tensor(timestep).flatten()[0]) / (clock.train_timesteps - 1)
-            return self.start <= done <= self.end
+            return self.start <= clock.done(timestep) <= self.end
         step, steps = clock.position(timestep)
         return self.start <= step / steps and (step + 1) / steps <= self.end
 

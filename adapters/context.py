@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mahlstick.adapters.motion import MotionAttachment
 
 Schedule = Literal["uniform", "static", "looped"]
+Fuse = Literal["pyramid", "flat"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Context:
 
     ``uniform``: the borders move from step to step, so that none of them shows. ``static``: they stay. ``looped``: as
     uniform, and the last frames share windows with the first, for clips that are played round and round.
+    ``fuse``: where windows overlap, a frame counts more in the middle of one (``pyramid``), or the same (``flat``).
     """
 
     length: int
     overlap: int
     schedule: Schedule = "uniform"
+    fuse: Fuse = "pyramid"
 
     def __post_init__(self) -> None:
         if not isinstance(self.length, int) or self.length < 2:
@@ -41,6 +44,8 @@ class Context:
             raise MahlstickError(f"overlap must be a whole number from 0 to {self.length - 1}; got {self.overlap!r}.")
         if self.schedule not in get_args(Schedule):
             raise MahlstickError(f"schedule must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}.")
+        if self.fuse not in get_args(Fuse):
+            raise MahlstickError(f"fuse must be one of {', '.join(get_args(Fuse))}; got {self.fuse!r}.")
 
     def windows(self, frames: int, step: int = 0) -> list[list[int]]:
         """The windows of one step over ``frames`` frames; together they hold every frame."""
@@ -68,8 +73,10 @@ def halving(step: int) -> float:
     return int(bits, 2) / 2 ** len(bits)
 
 
-def weights(length: int) -> Tensor:
-    """What each frame of a window counts where windows overlap: 1, 2, … and down again to 1."""
+def weights(length: int, fuse: Fuse = "pyramid") -> Tensor:
+    """What each frame of a window counts where windows overlap: 1, 2, … and down again to 1; ``flat``, 1 each."""
+    if fuse == "flat":
+        return torch.ones(length)
     rising = torch.arange(1, length + 1)
     return torch.minimum(rising, rising.flip(0)).float()
 
@@ -151,8 +158,8 @@ class WindowedCall:
         """Sum up one window's output ``(parts · pictures, …)``, weighted."""
         pictures = torch.tensor(excerpt.pictures, device=output.device)
         by_part = output.float().unflatten(0, (-1, len(pictures)))
-        weight = weights(excerpt.length).to(output.device).repeat(len(pictures) // excerpt.length)
-        weight = weight.view(-1, *[1] * (output.ndim - 1))
+        weight = weights(excerpt.length, self.owner.context.fuse).to(output.device)
+        weight = weight.repeat(len(pictures) // excerpt.length).view(-1, *[1] * (output.ndim - 1))
         if self._sum is None or self._weight is None:
             self._sum = by_part.new_zeros(by_part.shape[0], excerpt.whole, *output.shape[1:])
             self._weight = weight.new_zeros(excerpt.whole, *weight.shape[1:])

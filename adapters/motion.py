@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mahlstick.adapters import formats, motion_lora, positions
 from mahlstick.adapters.base import Adapter, Attachment, Clock, Excerpt, Window, area_mask, number, unwrap
-from mahlstick.adapters.context import Context, Schedule, WindowedCall, step_of
+from mahlstick.adapters.context import Context, Fuse, Schedule, WindowedCall, step_of
 from mahlstick.adapters.formats.bases import per_level
 from mahlstick.adapters.positions import Extension, Positions
 from mahlstick.adapters.projectors import multihead
@@ -209,13 +209,14 @@ class MotionAdapter(Adapter):
         context: int | None = None,
         overlap: int | None = None,
         schedule: Schedule = "uniform",
+        fuse: Fuse = "pyramid",
         mask: Tensor | None = None,
         window: Window | None = None,
         clock: Clock | None = None,
     ) -> MotionAttachment:
         """Clip the modules on ``unet``; see `MotionAttachment`."""
         return MotionAttachment(
-            self, unet, frames, scale, norm, extend, context, overlap, schedule, mask, window, clock
+            self, unet, frames, scale, norm, extend, context, overlap, schedule, fuse, mask, window, clock
         ).fasten()
 
 
@@ -245,6 +246,7 @@ class MotionAttachment(Attachment):
         context: int | None = None,
         overlap: int | None = None,
         schedule: Schedule = "uniform",
+        fuse: Fuse = "pyramid",
         mask: Tensor | None = None,
         window: Window | None = None,
         clock: Clock | None = None,
@@ -265,7 +267,7 @@ class MotionAttachment(Attachment):
         length = context if context is not None else min(TRAINED, self.places or TRAINED)
         if context is not None and self.places is not None and context > self.places:
             raise positions.too_many(context, self.places)
-        self.context = Context(length, length // 4 if overlap is None else overlap, schedule)
+        self.context = Context(length, length // 4 if overlap is None else overlap, schedule, fuse)
         self.active = 0  # frames of a clip in the call under way; 0: the modules rest
         self.parts: tuple[str, ...] | None = None
         self._windows = WindowedCall(self, self.unet, self.clock)

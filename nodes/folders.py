@@ -7,11 +7,13 @@ it is. What comes with mahlstick is there under its name (``embedded``) without 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mahlstick.errors import MahlstickError
 
@@ -30,6 +32,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "embeddings": ("embeddings",),
     "upscale_models": ("upscale_models",),
 }
+_OWN = ("input", "output", "temp")
+_ANNOTATED = re.compile(r"(.+) \[(input|output|temp)\]", re.DOTALL)
 _WEIGHTS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}
 
 
@@ -68,6 +72,41 @@ def inside(root: Path, name: str) -> Path:
     if not name or "\0" in name or not path.resolve().is_relative_to(base):
         raise MahlstickError(f"{name!r} leads outside {root}; give a name below it.")
     return path
+
+
+def located(filename: str, subfolder: str = "", kind: str = "input") -> Path:
+    """The path of a file below the ``input``, ``output`` or ``temp`` folder, whether it is there or not.
+
+    Its name may say itself in which: ``cat.png [output]``. Raises ``MahlstickError`` where it leads outside.
+    """
+    annotated = _ANNOTATED.fullmatch(filename)
+    if annotated:
+        filename, kind = annotated.groups()
+    if not filename:
+        raise MahlstickError("filename is missing; name the file.")
+    return inside(own(kind), os.path.join(subfolder, filename))
+
+
+def own(kind: str) -> Path:
+    """The ``input``, ``output`` or ``temp`` folder."""
+    if kind not in _OWN:
+        raise MahlstickError(f"{kind!r} is no folder; use {', '.join(_OWN)}.")
+    return Path(getattr(current(), kind))
+
+
+def shown_files(shown: Mapping[str, Any]) -> list[Path]:
+    """The files that a node showed: ``{"images": [{"filename": …, "subfolder": …, "type": …}]}``."""
+    entries = [entry for value in shown.values() if isinstance(value, list | tuple) for entry in value]
+    named = [entry for entry in entries if isinstance(entry, Mapping) and "filename" in entry]
+    return [located(entry["filename"], entry.get("subfolder", ""), entry.get("type", "output")) for entry in named]
+
+
+def still_there(shown: Mapping[str, Any]) -> bool:
+    """Whether the files that a node showed are where it left them."""
+    try:
+        return all(path.is_file() for path in shown_files(shown))
+    except MahlstickError:
+        return False
 
 
 def listed(kind: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import Parameter, iscoroutinefunction, signature
+from inspect import Parameter, getdoc, iscoroutinefunction, signature
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from mahlstick.errors import MahlstickError
@@ -117,7 +117,10 @@ class Blocked:
 
 
 class Recorder(Protocol):
-    """Takes down a node's call in place of running it, and returns its links."""
+    """Takes down a node's call in place of running it, and returns its links.
+
+    A call may name the node's id and title too, as ``_id`` and ``_title``.
+    """
 
     def __call__(self, node: NodeType, inputs: dict[str, Any]) -> tuple[Any, ...]: ...
 
@@ -184,11 +187,11 @@ class NodeType:
             return Returned()
         return Returned(result if isinstance(result, tuple) and len(self.outputs) != 1 else (result,))
 
-    def __call__(self, **inputs: Any) -> tuple[Any, ...]:
-        self._check_names(inputs)
+    def __call__(self, /, **inputs: Any) -> tuple[Any, ...]:
         take_down = recorder.get()
         if take_down is not None:
             return take_down(self, inputs)
+        self.check_names(inputs)
         result = self.bind()(**inputs)
         if hasattr(result, "__await__"):
             import asyncio
@@ -199,7 +202,8 @@ class NodeType:
             raise MahlstickError(f"{self.name} grows into other nodes, so it runs in a workflow only.")
         return found.outputs
 
-    def _check_names(self, inputs: Mapping[str, Any]) -> None:
+    def check_names(self, inputs: Mapping[str, Any]) -> None:
+        """Raises ``MahlstickError`` where a name is no input's, or an input that has no default is missing."""
         known = [each.name for each in self.inputs]
         for name in inputs:
             if name not in known and name not in self.hidden:
@@ -272,7 +276,7 @@ def node(
             function=function,
             category=category,
             display_name=display_name,
-            description=(function.__doc__ or "").strip(),
+            description=getdoc(function) or "",
             is_output=is_output,
             takes_lists=takes_lists,
             fingerprint=fingerprint,

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from mahlstick.adapters.base import Adapter
+from mahlstick.adapters.controlnet import ControlNet, Mode
 from mahlstick.nodes.schema import Socket
 from mahlstick.pipelines.units import Unit
 
@@ -37,7 +37,7 @@ class Model:
 
     ``sigmas`` is the noise of each training step, rising. ``units`` act on the UNet while it samples, ``patches``
     change it for so long. Latents ``z`` go in as ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one
-    latent, along one side.
+    latent, along one side. ``autoencoder``: the one that belongs to it, for previews.
     """
 
     unet: Any
@@ -49,6 +49,15 @@ class Model:
     units: tuple[Unit, ...] = ()
     patches: tuple[Patch, ...] = ()
     guide: Guide | None = None
+    autoencoder: Any = None
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the UNet takes them."""
+        return (latents - self.latent_shift) * self.latent_scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as they flow between nodes."""
+        return latents / self.latent_scale + self.latent_shift
 
     def with_units(self, *units: Unit) -> Model:
         return replace(self, units=(*self.units, *units))
@@ -101,21 +110,26 @@ class ControlHint:
     ``image`` is an IMAGE. ``start`` and ``end`` are fractions of the noise schedule (ComfyUI's percent).
     """
 
-    net: Adapter
+    net: ControlNet
     image: Tensor
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
     mask: Tensor | None = None
-    mode: str = "balanced"
+    mode: Mode = "balanced"
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler with its own settings, as ``SamplerCustom`` takes it: ``run(denoiser, x, sigmas, **options)``."""
+    """A sampler with its own settings, as ``SamplerCustom`` takes it.
+
+    ``run(denoiser, x, sigmas, seed=, in_run=True, **options)``, as :func:`mahlstick.nodes.sampling.samplers.sample`
+    behind its first argument. ``new_noise``: what a mask keeps is under other noise than the rest (ComfyUI's ddim).
+    """
 
     run: Callable[..., Tensor]
     options: dict[str, Any] = field(default_factory=dict)
+    new_noise: bool = False
 
 
 ModelT = Annotated[Model, Socket("MODEL")]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mahlstick import pictures
 from mahlstick.adapters.base import Attachment, Clock, Excerpt, Window
-from mahlstick.adapters.context import Schedule
+from mahlstick.adapters.context import Fuse, Schedule
 from mahlstick.adapters.controlnet import ControlAttachment, ControlNet, Mode, shown
 from mahlstick.adapters.ip_adapter import Blocks, ImageAttachment, IPAdapter
 from mahlstick.adapters.motion import MotionAdapter, MotionAttachment, Norm
@@ -177,8 +177,8 @@ class Motion(Unit):
     mix. ``norm``: ``frame`` or ``clip``, left out as the module's file implies.
     A longer clip than the module's positions tell apart is made in windows of ``context`` frames (left out, 16), of
     which ``overlap`` are the next one's too (left out, a quarter); ``schedule``: ``uniform``, ``static`` or ``looped``
-    (the end flows into the beginning). Or ``extend`` stretches the positions over all of it: ``interpolate``, ``ntk``
-    or ``repeat``.
+    (the end flows into the beginning); ``fuse``: how windows are averaged, ``pyramid`` or ``flat``. Or ``extend``
+    stretches the positions over all of it: ``interpolate``, ``ntk`` or ``repeat``.
     ``mask``: white where it moves.
     """
 
@@ -191,6 +191,7 @@ class Motion(Unit):
     context: int | None = None
     overlap: int | None = None
     schedule: Schedule = "uniform"
+    fuse: Fuse = "pyramid"
     extend: Extension = "none"
     mask: PictureLike | None = None
     window: Literal["steps", "noise"] = "steps"
@@ -209,6 +210,7 @@ class Motion(Unit):
             self.context,
             self.overlap,
             self.schedule,
+            self.fuse,
             as_mask(self.mask),
             window,
             clock,

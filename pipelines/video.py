@@ -266,7 +266,7 @@ def video_comment(path: PathLike) -> str | None:
             kept = picture.info.get("comment") or picture.info.get(_PNG_COMMENT) or described
             return (kept.decode("utf-8", "replace") if isinstance(kept, bytes) else kept) or None
     except UnidentifiedImageError:
-        with _container(path) as container:
+        with open_container(path) as container:
             found = (text for name, text in container.metadata.items() if name.lower() == "comment")
             return next(found, None)
 
@@ -485,7 +485,7 @@ def _video(path: Path) -> _Source:
 
 
 @contextmanager
-def _container(path: Path) -> Iterator[InputContainer]:
+def open_container(path: Path) -> Iterator[InputContainer]:
     """A file as FFmpeg sees it, judged by its content alone.
 
     By name it would take every .txt for a drawing in letters, and a playlist would have it open other files and
@@ -507,7 +507,7 @@ def _container(path: Path) -> Iterator[InputContainer]:
 
 @contextmanager
 def _opened_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    with _container(path) as container:
+    with open_container(path) as container:
         # The cover of a song is a video stream too.
         moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not moving:
@@ -1024,7 +1024,7 @@ class _Sound:
         """None where the file has no sound; ``opened`` closes what is opened."""
         if path.is_dir():
             return None
-        source = opened.enter_context(_container(path))
+        source = opened.enter_context(open_container(path))
         return cls(path, source, target) if source.streams.audio else None
 
     def follow(self, end: Fraction) -> None:

@@ -50,6 +50,7 @@ def test_borders_move_from_step_to_step() -> None:
     assert len({tuple(w[0] for w in Context(16, 4, "static").windows(64, step)) for step in range(8)}) == 1
     assert [halving(step) for step in range(6)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625]
     assert weights(5).tolist() == [1, 2, 3, 2, 1] and weights(4).tolist() == [1, 2, 2, 1]
+    assert weights(3, "flat").tolist() == [1, 1, 1]
     wrapped = [window for window in Context(4, 1, "looped").windows(8) if window[0] > window[-1]]
     assert wrapped, "a loop's end and beginning share a window"
 

@@ -543,25 +543,37 @@ def _inspect_picture(path: str, as_json: bool) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="An adapter in any layout: file, folder or hub id.")],
-    target: Annotated[str, typer.Argument(help="The folder or .safetensors file to write.")],
-    layout: Annotated[str, typer.Option(help="diffusers or original.")] = "diffusers",
+    source: Annotated[
+        str, typer.Argument(help="An adapter in any layout (file, folder or hub id), or a workflow (.json, .png, .py).")
+    ],
+    target: Annotated[
+        str, typer.Argument(help="The folder or .safetensors file to write; of a workflow, a .json or .py.")
+    ],
+    layout: Annotated[str, typer.Option(help="diffusers or original; of a workflow's .json, api or ui.")] = "diffusers",
     dtype: Dtype = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, which some files do not tell.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model that a 'difference' file was taken from.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace TARGET where it exists.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Rewrite an adapter in another layout.
+    """Rewrite an adapter in another layout, or a workflow in another form.
 
-    Example:
+    Examples:
 
       mahlstick convert control_v11p_sd15_canny.pth canny/ --layout diffusers --dtype float16
+
+      mahlstick convert workflow.json workflow.py
     """
     from mahlstick.adapters import formats
 
     if os.path.exists(target) and not overwrite:
         raise MahlstickError(f"{target}: exists already; give another name, or --overwrite")
+    if Path(target).suffix in (".json", ".py"):
+        from mahlstick.nodes import runner
+
+        written = runner.write(source, Path(target), "ui" if layout == "ui" else "api")
+        typer.echo(json.dumps({"path": str(written), "kind": "workflow"}) if json_output else written)
+        return
     kind = formats.inspect(source).kind
     config: dict[str, Any] = {} if heads is None else {"heads": heads}
     if base is not None:
@@ -615,6 +627,113 @@ def replay(
         typer.echo(json.dumps({"image": str(path), "identical": same}))
     else:
         typer.echo(f"{path}  {'identical to' if same else 'differs from'} {picture}")
+
+
+@app.command()
+def run(
+    workflow: Annotated[
+        str, typer.Argument(help="A .json that ComfyUI saved or exported, a picture that holds one, or a .py script.")
+    ],
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NODE.INPUT=VALUE", help="NODE is an id or a title. May be repeated."),
+    ] = None,
+    models: Annotated[str, typer.Option(metavar="FOLDER", help="Laid out as ComfyUI's models folder.")] = "models",
+    input_folder: Annotated[str, typer.Option("--input", metavar="FOLDER", help="Pictures to load.")] = "input",
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Where pictures are saved.")] = "output",
+    pack: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="A pack of ComfyUI nodes to load, which runs its code. May be repeated."),
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Run only this node and what it needs. May be repeated.")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Keeps results for the next run; left out, one of your own.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Keep nothing, and use nothing that was kept.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Run a workflow of ComfyUI.
+
+    What has not changed since the last run is not made again.
+
+    Examples:
+
+      mahlstick run workflow.json --set 6.text="a blue fox"
+
+      mahlstick run picture.png --set KSampler.seed=7 --models ComfyUI/models
+    """
+    from mahlstick.nodes import runner
+    from mahlstick.nodes.folders import Folders
+
+    changes = dict(_change(text) for text in change or [])
+    where = Folders(Path(models), Path(input_folder), Path(output), Path(output) / "temp")
+    _quiet_libraries()
+    kept = None if fresh else runner.open_cache(cache or runner.default_cache())
+    nodes = runner.available(pack or [])
+    api = runner.load(workflow, nodes)
+    with runner.Bar(api, hidden=json_output or not sys.stderr.isatty()) as bar:
+        outcome = runner.run(api, changes, nodes=nodes, where=where, cache=kept, targets=target, listen=bar)
+    files = [str(path) for path in runner.saved(outcome, where)]
+    if json_output:
+        typer.echo(json.dumps({"files": files, "executed": outcome.executed, "cached": outcome.cached}))
+        return
+    for file in files:
+        typer.echo(file)
+    typer.echo(f"{_counted(len(outcome.executed), 'node')} ran, {len(outcome.cached)} had not changed", err=True)
+
+
+def _change(text: str) -> tuple[str, str]:
+    place, sign, value = text.partition("=")
+    if not sign or "." not in place:
+        raise MahlstickError(f'--set {text}: give NODE.INPUT=VALUE, e.g. --set 6.text="a blue fox"')
+    return place, value
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Another address than your own machine's needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8188,
+    token: Annotated[
+        str | None, typer.Option(help="What clients must show; left out, made where others can reach HOST.")
+    ] = None,
+    models: Annotated[str, typer.Option(metavar="FOLDER", help="Laid out as ComfyUI's models folder.")] = "models",
+    input_folder: Annotated[str, typer.Option("--input", metavar="FOLDER", help="Pictures to load.")] = "input",
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Where pictures are saved.")] = "output",
+    pack: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="A pack of ComfyUI nodes to load, which runs its code. May be repeated."),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Keeps results for the next run; left out, one of your own.")
+    ] = None,
+) -> None:
+    """Serve workflows to clients of ComfyUI.
+
+    Answers ComfyUI's HTTP and WebSocket protocol, so that its clients work unchanged.
+
+    Example:
+
+      mahlstick serve --models ComfyUI/models
+    """
+    from mahlstick.nodes import runner, server
+    from mahlstick.nodes.folders import Folders
+
+    _quiet_libraries()
+    server.serve(
+        runner.available(pack or []),
+        folders=Folders(Path(models), Path(input_folder), Path(output), Path(output) / "temp"),
+        cache=runner.open_cache(cache or runner.default_cache()),
+        host=host,
+        port=port,
+        token=token,
+        announce=typer.echo,
+    )
 
 
 @app.command(

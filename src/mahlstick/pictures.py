@@ -99,7 +99,7 @@ def save_png(picture: Image.Image, path: str | os.PathLike[str], text: dict[str,
         raise MahlstickError(f"{str(path)!r} is to be a PNG; let its name end in .png")
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
-        info.add_itxt(key, value)
+        info.add_text(key, value)  # what pages read; Pillow takes iTXt for other scripts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
