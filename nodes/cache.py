@@ -105,7 +105,7 @@ class MemoryCache:
         self._entries[key] = (entry, parts)
         for part, size in parts.items():
             self._holders[part] = self._holders.get(part, 0) + 1
-            self.size += size 
+            self.size += size if self._holders[part] == 1 else 0
         while self.size > self.limit:
             self._drop(next(iter(self._entries)))
 

@@ -720,6 +720,20 @@ def test_blocks_that_name_nothing_are_refused(blocks: Any) -> None:
         ms.attach(unet, image_prompt_of(fresh_ip("linear")(unet), blocks=blocks))
 
 
+def test_style_is_in_the_layers_that_ipadapter_plus_names() -> None:
+    """Its weights go by the order in which layers run: numbers 0 to 3 and 9 to 15 of Stable Diffusion 1.5's 16."""
+    unet = tiny.unet("sd1")
+    adapter = trained(SUBJECTS[1], unet)
+    names = sorted((name for name, _ in cross_attentions(unet)), key=lambda name: ("dmu".index(name[0]), name))
+    named = {name: 1.0 for i, name in enumerate(names) if i < 4 or i > 8}
+    assert len(names) == 16
+    found = []
+    for blocks in ("style", named):
+        with ms.attach(unet, image_prompt_of(adapter, blocks=blocks)):
+            found.append(eps(unet, tiny.unet_inputs("sd1")))
+    assert torch.equal(*found)
+
+
 def test_at_scale_zero_no_picture_is_encoded() -> None:
     unet = tiny.unet("sd1")
     adapter = trained(SUBJECTS[1], unet)

@@ -136,6 +136,12 @@ def Expand(*, value: NumberT, graph: AnyT, outputs: AnyT) -> NumberT:
     return Returned(tuple(outputs), expand=graph)
 
 
+@node("test")
+def Turn(*, value: NumberT) -> NumberT:
+    """Expands with an object that is no plain data."""
+    return Returned((["n", 0],), expand={"n": {"class_type": "Add", "inputs": {"a": complex(value, 1)}}})
+
+
 @node("test", is_output=True)
 def Hear(
     *,
@@ -348,6 +354,17 @@ def test_a_loop_of_nodes_that_expand_into_themselves() -> None:
     graph["loop"]["inputs"]["times"] = 51
     longer = engine.run(graph)
     assert calls["Loop"] == 51 + 52 and longer.ui["show"] == {"shown": [51]}
+
+
+def test_objects_in_expansions_are_told_apart_by_where_they_came_from() -> None:
+    graph = _graph(
+        a=("Number", {"value": 1}), b=("Number", {"value": 2}), c=("Number", {"value": 1}),
+        x=("Turn", {"value": ["a", 0]}), y=("Turn", {"value": ["b", 0]}), z=("Turn", {"value": ["c", 0]}),
+    )  # fmt: skip
+    engine = Engine(NODES, MemoryCache(1000))
+    outcome = engine.run(graph, ["x", "y", "z"])
+    assert [_values(outcome, each) for each in "xyz"] == [[1 + 1j], [2 + 1j], [1 + 1j]] and calls["Add"] == 2
+    assert engine.run(graph, ["x", "y", "z"]).executed == []
 
 
 def test_what_an_expansion_makes_is_cached_by_content() -> None:

@@ -52,12 +52,17 @@ def Pass(*, value: Annotated[Any, Socket("*")]) -> Annotated[Any, Socket("*")]:
     """Anything."""
 
 
+@node("test")
+def Two(*, a: Annotated[Any, Socket("*")], b: Annotated[Any, Socket("*")]) -> Annotated[Any, Socket("*")]:
+    """Of two the one."""
+
+
 @node("test", is_output=True)
 def Save(*, images: ImageT, prefix: str) -> None:
     """An output."""
 
 
-NODES: dict[str, NodeType] = {each.name: each for each in (Load, Sample, Read, Pass, Save)}
+NODES: dict[str, NodeType] = {each.name: each for each in (Load, Sample, Read, Pass, Two, Save)}
 GOOD: dict[str, Any] = {
     "1": {"class_type": "Load", "inputs": {"name": "a"}},
     "2": {"class_type": "Sample", "inputs": {"model": ["1", 0], "steps": 20, "cfg": 7.0, "loop": False, "text": "t"}},
@@ -207,11 +212,11 @@ def test_deep_nesting_is_refused_and_lists_in_themselves_too() -> None:
 
 
 def test_cycles_are_named() -> None:
-    around = _with("4", value=["6", 0]) | {"6": {"class_type": "Pass", "inputs": {"value": ["4", 0]}}}
+    around = _with("4", value=["6", 0]) | {"6": {"class_type": "Two", "inputs": {"a": ["4", 0], "b": ["4", 0]}}}
     refusal = _refusal(around)
     assert set(refusal.node_errors) == {"4", "6"}
     (fault,) = refusal.node_errors["6"]["errors"]
-    assert fault["details"] == "4 (Pass) -> 6 (Pass) -> 4 (Pass)"
+    assert fault["details"] == "4 (Pass) -> 6 (Two) -> 4 (Pass)"
     assert fault["extra_info"] == {"node_id": "6", "cycle_nodes": ["4", "6"]}
     assert validate(parse(around), NODES, ["3"]) == ["3"]
 

@@ -90,6 +90,10 @@ def MahlstickAnnotate(
         raise MahlstickError(f'options is not JSON ({error}); write it like {{"low": 50}}.') from error
     if not isinstance(given, dict):
         raise MahlstickError(f'options is {options!r}; write an object like {{"low": 50}}.')
+    for name, option in registry.get(annotator).options.items():
+        is_free = option.type is object or (option.type is str and not option.choices)
+        if name in given and is_free:  # would let a workflow of somebody else's name any file or hub id
+            raise MahlstickError(f"options: {name} cannot be set by a workflow; leave it out.")
     return annotated(image, annotator, resolution, **given)
 
 

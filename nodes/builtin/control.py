@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from mahlstick.adapters.controlnet import ControlNet
 from mahlstick.adapters.load import load_adapter
+from mahlstick.adapters.sparse_control import SparseControlNet
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders
 from mahlstick.nodes.schema import Widget, node
@@ -38,13 +39,13 @@ PercentT = Annotated[float, Widget(min=0.0, max=1.0, step=0.001)]
 @node("loaders", display_name="Load ControlNet Model", fingerprint=_stamp)
 def ControlNetLoader(*, control_net_name: NetNameT) -> ControlNetT:
     """Loads a ControlNet in any published layout."""
-    return _checked(load_adapter(_path(control_net_name)))
+    return checked(load_adapter(_path(control_net_name)))
 
 
 @node("loaders", display_name="Load ControlNet Model (diff)", fingerprint=_stamp)
 def DiffControlNetLoader(*, model: ModelT, control_net_name: NetNameT) -> ControlNetT:
     """Loads a ControlNet whose file may hold only the differences from the model it was made for."""
-    return _checked(load_adapter(_path(control_net_name), base=model.unet))
+    return checked(load_adapter(_path(control_net_name), base=model.unet))
 
 
 @node("conditioning/controlnet", display_name="Apply ControlNet (OLD)")
@@ -54,7 +55,7 @@ def ControlNetApply(
     """Lets a ControlNet follow the picture wherever this conditioning acts, and with it the negative."""
     if strength == 0:
         return conditioning
-    hint = ControlHint(_checked(control_net), image, strength)
+    hint = ControlHint(checked(control_net), image, strength)
     return _with_hint(conditioning, hint, shared=True)
 
 
@@ -74,7 +75,7 @@ def ControlNetApplyAdvanced(
     one: nets of Stable Diffusion see the picture itself."""
     if strength == 0 or start_percent >= end_percent:
         return positive, negative
-    hint = ControlHint(_checked(control_net), image, strength, start_percent, end_percent)
+    hint = ControlHint(checked(control_net), image, strength, start_percent, end_percent)
     return _with_hint(positive, hint, shared=False), _with_hint(negative, hint, shared=False)
 
 
@@ -85,7 +86,10 @@ def _with_hint(conditioning: Sequence[tuple[Any, Mapping[str, Any]]], hint: Cont
     ]
 
 
-def _checked(control_net: Any) -> ControlNet:
+def checked(control_net: Any) -> ControlNet:
+    """The ControlNet itself, of the kind that acts on a conditioning. Raises ``MahlstickError`` for anything else."""
     if not isinstance(control_net, ControlNet):
         raise MahlstickError(f"control_net must be a ControlNet; got {type(control_net).__name__}.")
+    if isinstance(control_net, SparseControlNet):
+        raise MahlstickError("control_net is a SparseCtrl encoder; that goes into Apply SparseCtrl.")
     return control_net

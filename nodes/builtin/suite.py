@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from mahlstick.adapters.controlnet import ControlNet, Mode
+from mahlstick.adapters.controlnet import Mode
 from mahlstick.adapters.positions import sample_sparsely
 from mahlstick.adapters.sparse_control import SparseControlNet
 from mahlstick.adapters.travel import between
 from mahlstick.errors import MahlstickError
+from mahlstick.nodes.builtin.control import checked
 from mahlstick.nodes.builtin.image_prompts import LoadedT
 from mahlstick.nodes.builtin.latents import encode as vae_encode
 from mahlstick.nodes.resample import to_picture
@@ -65,9 +66,7 @@ def MahlstickControl(
 ) -> tuple[ConditioningT, ConditioningT]:
     """Lets a ControlNet follow the picture, only where the mask is white. Mode prompt lets the words win over the
     picture, control the picture over the words; guess finds out what the picture shows."""
-    if not isinstance(control_net, ControlNet) or isinstance(control_net, SparseControlNet):
-        raise MahlstickError("control_net must be a ControlNet; a SparseCtrl encoder goes into Apply SparseCtrl.")
-    hint = ControlHint(control_net, image, strength, start_percent, end_percent, mask, mode)
+    hint = ControlHint(checked(control_net), image, strength, start_percent, end_percent, mask, mode)
     return _with_hint(positive, hint), _with_hint(negative, hint)
 
 

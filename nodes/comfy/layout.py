@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 _TITLE, _GAP, _BETWEEN = 30, 40, 80  # pixels: above a node, between two of a column, between columns
@@ -52,6 +53,6 @@ def _depths(before: Mapping[str, list[str]]) -> dict[str, int]:
 
 
 def _height_of(names: list[str], places: Mapping[str, tuple[int, int]]) -> float:
-    """How far down the nodes stand, on average: what they lead to is put beside them."""
+    """How far down the nodes stand, on average. What they lead to is put beside them, and sources last."""
     tops = [places[name][1] for name in names if name in places]
-    return sum(tops) / len(tops) if tops else 0.0
+    return sum(tops) / len(tops) if tops else math.inf

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image
 
 from mahlstick.errors import MahlstickError
 
@@ -33,21 +30,6 @@ def read(path: Path) -> dict[str, Any]:
     raise MahlstickError(f"{path} holds no workflow; only pictures as ComfyUI or mahlstick saved them have one.")
 
 
-def write(path: Path, prompt: Mapping[str, Any], workflow: Mapping[str, Any] | None = None) -> None:
-    """Put a workflow into a PNG, beside what text it holds. Its pixels stay."""
-    with Image.open(path) as picture:
-        picture.load()
-        texts = {**getattr(picture, "text", {}), "prompt": json.dumps(prompt)}
-        if workflow is not None:
-            texts["workflow"] = json.dumps(workflow)
-        chunks = PngImagePlugin.PngInfo()
-        for key, text in texts.items():
-            chunks.add_text(key, text)
-        with NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-            picture.save(file, format="PNG", pnginfo=chunks)
-    os.replace(file.name, path)
-
-
 def _texts(path: Path) -> dict[str, str]:
     try:
         with Image.open(path) as picture:
@@ -57,7 +39,7 @@ def _texts(path: Path) -> dict[str, str]:
             tags = [str(each) for each in picture.getexif().values()]
     except FileNotFoundError:
         raise MahlstickError(f"{path}: no such file; give a picture as ComfyUI or mahlstick saved it.") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise MahlstickError(f"{path}: not a readable picture ({error}); give one as ComfyUI saved it.") from error
     pairs = [tag.partition(":") for tag in tags]
     return {key.lower(): text for key, _, text in pairs}

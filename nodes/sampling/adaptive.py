@@ -19,7 +19,7 @@ from mahlstick.nodes.values import Denoiser
 
 
 def dpm_fast(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, callback: Callback = silent) -> Tensor:
-    """Steps even in time, of order 3 as far as the number of estimates goes, one for each given step (section 3.4)."""
+    """Steps even in time, of order 3 as far as the number of estimates goes; one for each given step."""
     count = len(sigmas) - 1
     orders = [3] * (count // 3 - 1) + [2, 1] if count % 3 == 0 else [3] * (count // 3) + [count % 3]
     start, end = _span(sigmas)
@@ -49,7 +49,7 @@ def dpm_adaptive(
     eta: float = 0.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Steps as long as two solutions of orders ``order`` and one below agree (appendix C), by a PID controller as in
+    """Steps as long as two solutions of orders ``order`` and one below agree, by a PID controller as in
     k-diffusion.
 
     ``rtol`` and ``atol`` are the relative and absolute error a step may make; ``h_init`` is the first step in time;

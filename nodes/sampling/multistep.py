@@ -140,7 +140,7 @@ def gradient_estimation(
     cfg_pp: bool = False,
 ) -> Tensor:
     """Euler's method with the slope drawn on by ``ge_gamma - 1`` of its change (Permenter and Yuan 2024, "Interpreting
-    and Improving Diffusion Models from an Optimization Perspective", algorithm 2)."""
+    and Improving Diffusion Models from an Optimization Perspective")."""
     slope: Tensor | None = None
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0, anchor = estimates(denoiser, x, sigma, cfg_pp)
@@ -180,7 +180,7 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
     solver_type: Literal["midpoint", "heun"] = "midpoint",
 ) -> Tensor:
-    """DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, "DPM-Solver++", section 5; as in k-diffusion).
+    """DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, "DPM-Solver++", SDE-DPM-Solver++; as in k-diffusion).
 
     ``heun`` weighs the slope of the estimate as the exponential integrator does, ``midpoint`` as if the estimate were
     constant over the step.
@@ -290,7 +290,7 @@ def er_sde(
     max_stage: int = 3,
 ) -> Tensor:
     """Extended reverse-time SDE solver of up to three stages (Cui et al. 2023, "Elucidating the Solution Space of
-    Extended Reverse-Time SDE for Diffusion Models", algorithm 3).
+    Extended Reverse-Time SDE for Diffusion Models").
 
     ``noise_scaler`` is the paper's function of sigma that says how much noise there is: ``sigma`` solves the ordinary
     differential equation, ``sigma^(1 + eta)`` the reverse-time stochastic one; left out, the paper's ER-SDE 5.
@@ -428,7 +428,7 @@ def uni_pc(
 
 
 def _unified_weights(ratios: list[Tensor], h: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the slopes in UniPC's predictor, and in its corrector that has one slope more (its theorems 3.1 and 3.2)."""
+    """Of the slopes in UniPC's predictor, and in its corrector that has one slope more."""
     half, order = h.new_tensor([0.5]), len(ratios) + 1
     nodes = torch.stack([*ratios, torch.ones_like(h)])
     powers = torch.stack([nodes**k for k in range(order)])

@@ -159,12 +159,12 @@ def linear_quadratic(sigmas: Tensor, steps: int, threshold: float = 0.025) -> Te
     half = steps // 2
     if half == 0:
         return _to_zero(sigmas[-1:])
-    step, rest = torch.arange(steps + 1, dtype=torch.float64), steps - half
+    step, rest = torch.arange(steps, dtype=torch.float64), steps - half
     even = threshold / half * step
     curve = (half - threshold * steps) / (half * rest**2)
     slope = threshold / half - 2 * (half - threshold * steps) / rest**2
     found = torch.where(step < half, even, curve * step**2 + slope * step + curve * half**2)
-    return (1 - found).float() * sigmas[-1]
+    return _to_zero((1 - found).float() * sigmas[-1])
 
 
 def _on_ends(curve: Callable[[int, float, float], Tensor]) -> Callable[[Tensor, int], Tensor]:
@@ -191,7 +191,8 @@ def polyexponential(steps: int, sigma_min: float, sigma_max: float, rho: float =
 
 
 def kl_optimal(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """Even steps in the arc tangent of sigma (Sabour et al. 2024, "Align Your Steps", equation 15)."""
+    """Even steps in the arc tangent of sigma, the best for normally distributed pictures (Sabour et al. 2024, "Align Your
+    Steps: Optimizing Sampling Schedules in Diffusion Models")."""
     ramp = torch.arange(steps, dtype=torch.float32) / max(steps - 1, 1)
     return _to_zero((ramp * math.atan(sigma_min) + (1 - ramp) * math.atan(sigma_max)).tan())
 

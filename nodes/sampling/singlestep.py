@@ -19,7 +19,7 @@ from mahlstick.nodes.values import Denoiser
 
 def euler(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, callback: Callback = silent) -> Tensor:
     """Euler's method for ``dx/dsigma = (x - x0) / sigma``, which is DDIM (Karras et al. 2022, "Elucidating the Design
-    Space of Diffusion-Based Generative Models", equation 4)."""
+    Space of Diffusion-Based Generative Models", equations 1 and 3)."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = estimate(denoiser, x, sigma)
         callback(i, x0)
@@ -51,7 +51,7 @@ def euler_ancestral(
 
 
 def lcm(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, noise: NoiseSampler, callback: Callback = silent) -> Tensor:
-    """All the way to the estimate, and noise upon it (Luo et al. 2023, "Latent Consistency Models", algorithm 3)."""
+    """All the way to the estimate, and noise upon it (Luo et al. 2023, "Latent Consistency Models", multistep sampling)."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x = estimate(denoiser, x, sigma)
         callback(i, x)
@@ -173,7 +173,7 @@ def dpmpp_sde(
     r: float = 0.5,
 ) -> Tensor:
     """DPM-Solver++ for the stochastic equation, with an estimate at the part ``r`` of each step (Lu et al. 2022,
-    "DPM-Solver++", section 5; as in k-diffusion)."""
+    "DPM-Solver++", SDE-DPM-Solver++; as in k-diffusion)."""
 
     def leap(x0: Tensor, start: Tensor, end: Tensor) -> Tensor:
         sigma_down, sigma_up = ancestral_step(start, end, eta)
@@ -204,8 +204,8 @@ def seeds_2(
     r: float = 0.5,
     solver_type: Literal["phi_1", "phi_2"] = "phi_1",
 ) -> Tensor:
-    """SEEDS-2, an exponential method with two estimates a step (Gonzalez et al. 2023, "SEEDS: Exponential SDE Solvers",
-    algorithm 2). With ``r`` 1 and ``phi_2`` it is Heun's method among the exponential ones."""
+    """SEEDS-2, an exponential method with two estimates a step (Gonzalez et al. 2023, "SEEDS: Exponential SDE Solvers
+    for Fast High-Quality Sampling from Diffusion Models"). With ``r`` 1 and ``phi_2`` it is Heun's method among the exponential ones."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = estimate(denoiser, x, sigma)
         callback(i, x0)
@@ -230,7 +230,7 @@ def seeds_3(
     r_1: float = 1 / 3,
     r_2: float = 2 / 3,
 ) -> Tensor:
-    """SEEDS-3, an exponential method with three estimates a step (Gonzalez et al. 2023, algorithm 3)."""
+    """SEEDS-3, an exponential method with three estimates a step (Gonzalez et al. 2023)."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = estimate(denoiser, x, sigma)
         callback(i, x0)

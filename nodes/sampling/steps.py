@@ -7,6 +7,7 @@ denoiser's estimate of the picture, and time half the logarithm of the signal-to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -57,7 +58,7 @@ def ancestral_step(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tenso
 
 def towards(x: Tensor, x0: Tensor, h: Tensor) -> Tensor:
     """Where ``x`` comes in a time ``h`` if the estimate stays ``x0``: the exponential integrator's step of order 1
-    (Lu et al. 2022, "DPM-Solver++", equation 9)."""
+    (Lu et al. 2022, "DPM-Solver++", proposition 4.1)."""
     return (-h).exp() * x - (-h).expm1() * x0
 
 
@@ -76,7 +77,7 @@ def adams_weights(
 
     They weigh the values at the nodes in an Adams method. By Gauss and Legendre's quadrature, exact for polynomials.
     """
-    points, weights = np.polynomial.legendre.leggauss(32)
+    points, weights = _gauss_legendre()
     t = start + (end - start) * (points + 1) / 2
     weighted = weights * density(t) * (end - start) / 2
 
@@ -84,6 +85,12 @@ def adams_weights(
         return prod(((t - other) / (node - other) for other in nodes if other != node), start=np.ones_like(t))
 
     return [float(weighted @ lagrange(node)) for node in nodes]
+
+
+@cache
+def _gauss_legendre() -> tuple[NDArray[Any], NDArray[Any]]:
+    points, weights = np.polynomial.legendre.leggauss(32)
+    return points, weights
 
 
 def combine(weights: Sequence[float] | Tensor, values: Sequence[Tensor]) -> Tensor:
