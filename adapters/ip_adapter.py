@@ -34,9 +34,9 @@ _SHARES: dict[tuple[str, int], dict[str, float]] = {
     ("style", 4): {
         "down_blocks.0": 1.0,
         "down_blocks.1": 1.0,
+        "up_blocks.1.attentions.2": 1.0,
         "up_blocks.2": 1.0,
         "up_blocks.3": 1.0,
-        "mid_block": 1.0,
     },
     ("layout", 4): {"down_blocks.2.attentions.0": 0.25, "down_blocks.2.attentions.1": 1.0},
 }

@@ -223,9 +223,9 @@ def _bytes(value: Any) -> Any:
 
 
 def _code(node: NodeType) -> list[str]:
-    """What changes when the code behind a node does: the file that defines it, or any of ours."""
+    """What changes when the code behind a node does: the folder of the file that defines it, or any of ours."""
     code = getattr(unwrap(node.function), "__code__", None)
-    return [str(_FORMAT), node.name, _digest(code.co_filename) if code else "", _suite()]
+    return [str(_FORMAT), node.name, _digest(str(Path(code.co_filename).parent)) if code else "", _suite()]
 
 
 @cache
@@ -241,11 +241,11 @@ def _suite() -> str:
 
 
 @cache
-def _digest(file: str) -> str:
-    try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except OSError:  # typed in, not read from a file
-        return ""
+def _digest(folder: str) -> str:
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _parts(entry: Entry) -> dict[int, int]:

@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from inspect import isawaitable
@@ -71,7 +71,8 @@ class Engine:
     """Runs workflows of some kinds of nodes.
 
     ``cache`` keeps results from one run to the next. ``still_there``, called with what an output node showed, says
-    whether it is still true: where files that it names are gone, the node runs again.
+    whether it is still true: where files that it names are gone, the node runs again. ``around`` is entered
+    around each call of a plain function.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class Engine:
         cache: Cache | None = None,
         *,
         still_there: Callable[[Mapping[str, Any]], bool] = lambda shown: True,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.nodes = nodes
         self.cache = cache
         self.still_there = still_there
+        self.around = around
 
     def run(
         self,
@@ -476,7 +479,8 @@ class _Run:
 
         async def result(inputs: Mapping[str, Any]) -> Returned:
             self.look_for_stop(each)
-            found = function(**inputs)
+            with self.engine.around():
+                found = function(**inputs)
             return _whole(node, node.returned(await found if isawaitable(found) else found))
 
         if not node.is_async:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
 from mahlstick.errors import MahlstickError
@@ -31,10 +33,16 @@ ON_DISK = 8 * GIGABYTE
 
 
 def available(packs: Iterable[str | os.PathLike[str]] = ()) -> dict[str, NodeType]:
-    """The nodes that come with mahlstick and those of packs, by class name. Of two with one name the later wins."""
+    """The nodes that come with mahlstick and those of packs, by class name. Of two with one name the later wins.
+
+    A pack that cannot be loaded is left out, with a warning.
+    """
     found = dict(all_nodes())
     for pack in packs:
-        found |= load_pack(Path(pack))
+        try:
+            found |= load_pack(Path(pack))
+        except MahlstickError as error:
+            warnings.warn(str(error), stacklevel=2)
     return found
 
 
@@ -48,6 +56,11 @@ def open_cache(folder: str | os.PathLike[str] | None) -> Cache:
     """A cache in memory, and in front of one on disk where a folder is given."""
     memory = MemoryCache(IN_MEMORY)
     return memory if folder is None else Tiered(memory, DiskCache(Path(folder), ON_DISK))
+
+
+def engine_of(nodes: Mapping[str, NodeType], cache: Cache | None) -> Engine:
+    """The engine for nodes that compute with torch and save below the current folders."""
+    return Engine(nodes, cache, still_there=folders.still_there, around=torch.no_grad)
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any], nodes: Mapping[str, NodeType]) -> Api:
@@ -81,9 +94,8 @@ def run(
     nodes = all_nodes() if nodes is None else nodes
     with folders.using(where or folders.current()):
         api = with_changes(load(workflow, nodes), changes or {}, nodes)
-        engine = Engine(nodes, cache, still_there=folders.still_there)
         pnginfo = {"workflow": from_api(api, nodes)}
-        outcome = engine.run(api, targets, listen=listen, extra_pnginfo=pnginfo, stop=stop)
+        outcome = engine_of(nodes, cache).run(api, targets, listen=listen, extra_pnginfo=pnginfo, stop=stop)
     if outcome.error is not None:
         raise outcome.error
     return outcome

@@ -28,8 +28,8 @@ from starlette.websockets import WebSocket
 
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes.cache import Cache
-from mahlstick.nodes.engine import Engine
-from mahlstick.nodes.folders import KINDS, Folders, listed, still_there
+from mahlstick.nodes.runner import engine_of
+from mahlstick.nodes.folders import KINDS, Folders, listed
 from mahlstick.nodes.graph import InvalidGraph, parse, validate
 from mahlstick.nodes.schema import NodeType
 from mahlstick.nodes.server import about, files
@@ -97,8 +97,7 @@ class _Server:
         self.sockets = Sockets()
         self.history = History(limits)
         self.queue = Queue(limits, changed=lambda: self.sockets.say_to_all(event("status", self.status())))
-        engine = Engine(nodes, cache, still_there=still_there)
-        self.worker = Worker(engine, self.queue, self.history, self.sockets, folders)
+        self.worker = Worker(engine_of(nodes, cache), self.queue, self.history, self.sockets, folders)
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
