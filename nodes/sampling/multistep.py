@@ -180,7 +180,7 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
     solver_type: Literal["midpoint", "heun"] = "midpoint",
 ) -> Tensor:
-    """DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, "DPM-Solver++", SDE-DPM-Solver++; as in k-diffusion).
+    """DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, "DPM-Solver++"; as in k-diffusion).
 
     ``heun`` weighs the slope of the estimate as the exponential integrator does, ``midpoint`` as if the estimate were
     constant over the step.

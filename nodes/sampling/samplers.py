@@ -45,8 +45,8 @@ def sample(
     ``both(x, sigma) -> (x0, x0 without condition)``, which the ``*_cfg_pp`` samplers ask. ``callback(step, x0)`` hears
     of each step. ``settings`` are the sampler's own (``eta``, ``order``; a ``noise`` in place of the seed's).
 
-    Noise is what ComfyUI's sampler draws after ``torch.manual_seed(seed)``; with ``in_run``, what it draws in a run of
-    this seed, which has given the initial noise already. Torch's own random state is neither read nor changed. Raises
+    Noise is what ComfyUI's sampler draws on the CPU after ``torch.manual_seed(seed)``; with ``in_run``, what it draws
+    in a run of this seed, where the picture is. Torch's own random state is neither read nor changed. Raises
     ``MahlstickError`` for an unknown sampler.
     """
     if sampler not in SAMPLERS:
@@ -68,10 +68,8 @@ def named(sampler: str, **settings: Any) -> Sampler:
 
 def _noise(kind: str, x: Tensor, sigmas: Tensor, seed: int, in_run: bool) -> NoiseSampler:
     if kind == "independent":
-        device = x.device if in_run else torch.device("cpu")
-        # On the CPU ``seed`` itself would give the initial noise again.
-        seed = (seed + 1) % 2**64 if in_run and device.type == "cpu" else seed
-        return independent(x, torch.Generator(device).manual_seed(seed))
+        # On a CPU the first step of a run thus adds the initial noise again: ComfyUI's numbers until the end of 2025.
+        return independent(x, torch.Generator(x.device if in_run else "cpu").manual_seed(seed))
     if not in_run:
         seed = int(torch.randint(0, 2**63 - 1, (), generator=torch.Generator().manual_seed(seed)))
     return brownian(x, sigmas, seed, x.device if kind == "brownian_gpu" else "cpu")

@@ -191,7 +191,7 @@ def polyexponential(steps: int, sigma_min: float, sigma_max: float, rho: float =
 
 
 def kl_optimal(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """Even steps in the arc tangent of sigma, the best for normally distributed pictures (Sabour et al. 2024, "Align Your
+    """Even steps in the arc tangent of sigma, best for normally distributed pictures (Sabour et al. 2024, "Align Your
     Steps: Optimizing Sampling Schedules in Diffusion Models")."""
     ramp = torch.arange(steps, dtype=torch.float32) / max(steps - 1, 1)
     return _to_zero((ramp * math.atan(sigma_min) + (1 - ramp) * math.atan(sigma_max)).tan())

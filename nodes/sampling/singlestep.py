@@ -51,7 +51,7 @@ def euler_ancestral(
 
 
 def lcm(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, noise: NoiseSampler, callback: Callback = silent) -> Tensor:
-    """All the way to the estimate, and noise upon it (Luo et al. 2023, "Latent Consistency Models", multistep sampling)."""
+    """All the way to the estimate, and noise upon it (Luo et al. 2023, "Latent Consistency Models")."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x = estimate(denoiser, x, sigma)
         callback(i, x)
@@ -173,7 +173,7 @@ def dpmpp_sde(
     r: float = 0.5,
 ) -> Tensor:
     """DPM-Solver++ for the stochastic equation, with an estimate at the part ``r`` of each step (Lu et al. 2022,
-    "DPM-Solver++", SDE-DPM-Solver++; as in k-diffusion)."""
+    "DPM-Solver++"; as in k-diffusion)."""
 
     def leap(x0: Tensor, start: Tensor, end: Tensor) -> Tensor:
         sigma_down, sigma_up = ancestral_step(start, end, eta)
@@ -185,7 +185,7 @@ def dpmpp_sde(
         callback(i, x0)
         if sigma_next == 0:
             return x0
-        # In these steps of rounding, since the Brownian path is rough: a sigma a little beside has other noise.
+        # Rounded as in ComfyUI, since a Brownian path is rough: the noise of a sigma a little beside is another.
         middle = (-(-sigma.log() + r * (sigma.log() - sigma_next.log()))).exp()
         x0_middle = estimate(denoiser, leap(x0, sigma, middle), middle)
         x = leap(x0 + (x0_middle - x0) / (2 * r), sigma, sigma_next)
@@ -205,7 +205,7 @@ def seeds_2(
     solver_type: Literal["phi_1", "phi_2"] = "phi_1",
 ) -> Tensor:
     """SEEDS-2, an exponential method with two estimates a step (Gonzalez et al. 2023, "SEEDS: Exponential SDE Solvers
-    for Fast High-Quality Sampling from Diffusion Models"). With ``r`` 1 and ``phi_2`` it is Heun's method among the exponential ones."""
+    for Fast High-Quality Sampling from Diffusion Models"). With ``r`` 1 and ``phi_2``: Heun's exponential method."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = estimate(denoiser, x, sigma)
         callback(i, x0)
