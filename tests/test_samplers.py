@@ -130,8 +130,10 @@ def test_the_same_seed_gives_the_same_and_torch_s_own_state_is_left_alone(name: 
 # Methods
 
 
-# lcm takes estimates for pictures, and the other follows a slip of ComfyUI's.
-@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {"lcm", "dpmpp_2s_ancestral_cfg_pp"}))
+# lcm takes estimates for pictures, the other follows a slip of ComfyUI's; on the CPU those for a GPU are the same.
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLERS if name not in ("lcm", "dpmpp_2s_ancestral_cfg_pp") and name[-4:] != "_gpu"]
+)
 def test_samples_are_of_the_pictures_distribution(name: str) -> None:
     steps = sigmas("exponential", 50)
     made = sample(name, denoiser, noisy(steps[0], 1, 1, 64, 64), steps, seed=3)
