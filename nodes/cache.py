@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -24,11 +23,12 @@ from inspect import unwrap
 from pathlib import Path
 from typing import Any, Protocol
 
+from mahlstick.nodes.files import whole
+from mahlstick.nodes.folders import stamp
 from mahlstick.nodes.schema import Blocked, NodeType
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when files of before must not be read
 _ABANDONED = 3600  # seconds after which an unfinished file belongs to no living process
 _SLACK = 20  # a folder is looked through each time that a twentieth of its limit was written
 
@@ -38,11 +38,12 @@ class Entry:
     """What a node gave. ``outputs`` has for each output the list of its values.
 
     ``shown`` is what it showed, as ComfyUI's ``ui``: under "" the node itself, under the rest of their ids the nodes
-    that it grew into.
+    that it grew into. ``stamps`` tell of what each of these rests on.
     """
 
     outputs: tuple[list[Any], ...] = ()
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stamps: list[str] = field(default_factory=list)
 
 
 class Cache(Protocol):
@@ -51,6 +52,9 @@ class Cache(Protocol):
     def get(self, key: str) -> Entry | None: ...
 
     def put(self, key: str, entry: Entry) -> None: ...
+
+    def free(self) -> None:
+        """Give back memory."""
 
 
 def key(
@@ -109,7 +113,7 @@ class MemoryCache:
         while self.size > self.limit:
             self._drop(next(iter(self._entries)))
 
-    def clear(self) -> None:
+    def free(self) -> None:
         """Forget all."""
         while self._entries:
             self._drop(next(iter(self._entries)))
@@ -158,10 +162,10 @@ class DiskCache:
     def put(self, key: str, entry: Entry) -> None:
         tensors: dict[str, Any] = {}
         try:
-            structure = json.dumps({"outputs": _packed(entry.outputs, tensors), "shown": _packed(entry.shown, tensors)})
+            parts = {"outputs": _packed(entry.outputs, tensors), "shown": _packed(entry.shown, tensors)}
+            structure = json.dumps({**parts, "stamps": entry.stamps})
             if sum(tensor.nbytes for tensor in tensors.values()) + len(structure) > self._room:
                 return
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._written += _write(self._path(key), tensors, structure)
             if self._written > self.limit - self._room:
                 self._trim()
@@ -169,6 +173,9 @@ class DiskCache:
             return
         except Exception as error:  # a full disk, an odd kind of tensor: no reason to end a run
             log.warning("%s cannot keep a result (%s)", self.folder, error)
+
+    def free(self) -> None:
+        """Does nothing: none of it is in memory."""
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -205,11 +212,9 @@ class Tiered:
         for each in self._caches:
             each.put(key, entry)
 
-    def clear(self) -> None:
-        """Forget what is in memory."""
+    def free(self) -> None:
         for each in self._caches:
-            if isinstance(each, MemoryCache):
-                each.clear()
+            each.free()
 
 
 class _NotStorable(Exception):
@@ -223,27 +228,36 @@ def _bytes(value: Any) -> Any:
 
 
 def _code(node: NodeType) -> list[str]:
-    """What changes when the code behind a node does: the folder of the file that defines it, or any of ours."""
-    code = getattr(unwrap(node.function), "__code__", None)
-    return [str(_FORMAT), node.name, _digest(str(Path(code.co_filename).parent)) if code else "", _suite()]
+    """What changes when the code behind a node does: any of the package or folder that defines it, or any of ours."""
+    function = unwrap(node.function)
+    name = str(getattr(function, "__module__", "")).partition(".")[0]
+    package = getattr(sys.modules.get(name), "__path__", None)
+    code = getattr(function, "__code__", None)
+    if package:
+        digest = _digest(tuple(package), "**/*.py")
+    else:
+        digest = _digest((str(Path(code.co_filename).parent),), "*.py") if code else ""
+    return [node.name, digest, _suite()]
 
 
 @cache
 def _suite() -> str:
-    """The digest of all our code that nodes may call: a version number would miss what was pulled or edited."""
-    found = hashlib.sha256()
-    for name in ("nodes", "pipelines", "adapters", "annotators"):
-        spec = find_spec(f"mahlstick.{name}")
-        for folder in (spec and spec.submodule_search_locations) or ():
-            for path in sorted(Path(folder).rglob("*.py")):
-                found.update(path.read_bytes())
-    return found.hexdigest()
+    """Of all our code that nodes may call, and of the embedded model: a version number would miss what was pulled or
+    edited."""
+    ours = [folder for name in ("nodes", "pipelines", "adapters", "annotators") for folder in _folders(name)]
+    models = [stamp(Path(folder) / "embedded") for folder in _folders("assets")]
+    return _digest(tuple(ours), "**/*.py") + "".join(models)
+
+
+def _folders(name: str) -> list[str]:
+    spec = find_spec(f"mahlstick.{name}")
+    return list((spec and spec.submodule_search_locations) or ())
 
 
 @cache
-def _digest(folder: str) -> str:
+def _digest(folders: tuple[str, ...], pattern: str) -> str:
     found = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.py")):
+    for path in sorted(path for folder in folders for path in Path(folder).glob(pattern)):
         found.update(path.read_bytes())
     return found.hexdigest()
 
@@ -329,14 +343,9 @@ def _write(path: Path, tensors: Mapping[str, Any], structure: str) -> int:
     from safetensors.torch import save_file
 
     owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
+    with whole(path) as unfinished:
         save_file(owned, unfinished, {"structure": structure, "sum": _checksum(owned, structure)})
-        size = unfinished.stat().st_size
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return size
+        return unfinished.stat().st_size
 
 
 def _read(path: Path) -> Entry:
@@ -349,7 +358,7 @@ def _read(path: Path) -> Entry:
     if metadata["sum"] != _checksum(tensors, structure):
         raise ValueError("its sum is wrong")
     found = json.loads(structure)
-    return Entry(_unpacked(found["outputs"], tensors), _unpacked(found["shown"], tensors))
+    return Entry(_unpacked(found["outputs"], tensors), _unpacked(found["shown"], tensors), found["stamps"])
 
 
 def _checksum(tensors: Mapping[str, Any], structure: str) -> str:

@@ -70,9 +70,9 @@ class Outcome:
 class Engine:
     """Runs workflows of some kinds of nodes.
 
-    ``cache`` keeps results from one run to the next. ``still_there``, called with what an output node showed, says
-    whether it is still true: where files that it names are gone, the node runs again. ``around`` is entered
-    around each call of a plain function.
+    ``cache`` keeps results from one run to the next. ``stamp``, called with what a node showed, tells of what that
+    rests on, such as the files that it names: where the stamp has become another, the node runs again. ``around`` is
+    entered around each call of a plain function.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Engine:
         nodes: Mapping[str, NodeType],
         cache: Cache | None = None,
         *,
-        still_there: Callable[[Mapping[str, Any]], bool] = lambda shown: True,
+        stamp: Callable[[Mapping[str, Any]], str] = lambda shown: "",
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.nodes = nodes
         self.cache = cache
-        self.still_there = still_there
+        self.stamp = stamp
         self.around = around
 
     def run(
@@ -367,13 +367,13 @@ class _Run:
         return [link.node for one, link in self.kinds.links(self.graph.steps[each]) if not one.lazy]
 
     def find(self, each: str) -> Entry | None:
-        """The result of a node, where it was made before and what it showed is still true."""
+        """The result of a node, where it was made before and what it showed rests on the same."""
         key = self.keys[each]
         if key is None:
             return None
         cache = self.engine.cache
         entry = self.made.get(key) or (cache.get(key) if cache else None)
-        return entry if entry and all(map(self.engine.still_there, entry.shown.values())) else None
+        return entry if entry and entry.stamps == self.stamps(entry.shown) else None
 
     def spared(self, hits: Iterable[str]) -> list[str]:
         """The nodes whose results are there, and those before them that need not run."""
@@ -479,9 +479,13 @@ class _Run:
 
         async def result(inputs: Mapping[str, Any]) -> Returned:
             self.look_for_stop(each)
-            with self.engine.around():
-                found = function(**inputs)
-            return _whole(node, node.returned(await found if isawaitable(found) else found))
+            try:
+                with self.engine.around():
+                    found = function(**inputs)
+                found = await found if isawaitable(found) else found
+            except SystemExit as error:  # which would end a server's thread without a word
+                raise MahlstickError(f"It tried to end the program ({error}).") from error
+            return _whole(node, node.returned(found))
 
         if not node.is_async:
             return [await result(inputs) for inputs in calls]
@@ -501,7 +505,7 @@ class _Run:
             self.grow(each, results, _Grown([], ui))
         else:
             outputs = self.merged(each, [result.outputs for result in results])
-            self.finish(each, Entry(outputs, {"": ui} if ui else {}))
+            self.finish(each, self.entry(outputs, {"": ui} if ui else {}))
 
     def grow(self, each: str, results: Sequence[Returned], found: _Grown) -> None:
         """Add the graphs to which a node expands, and let it wait for their results."""
@@ -534,7 +538,7 @@ class _Run:
                 shown |= {inner.removeprefix(each) + below: ui for below, ui in self.entries[inner].shown.items()}
         if not self.passing.isdisjoint(grown.added):
             self.passing.add(each)
-        self.finish(each, Entry(self.merged(each, grown.outputs), shown))
+        self.finish(each, self.entry(self.merged(each, grown.outputs), shown))
 
     def take_over(self, each: str) -> None:
         """Take the result of another node that made the same."""
@@ -558,6 +562,12 @@ class _Run:
                     values.append(value)
             found.append(values)
         return tuple(found)
+
+    def entry(self, outputs: tuple[list[Any], ...], shown: Mapping[str, Mapping[str, Any]]) -> Entry:
+        return Entry(outputs, shown, self.stamps(shown))
+
+    def stamps(self, shown: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        return [self.engine.stamp(ui) for ui in shown.values()]
 
     def finish(self, each: str, entry: Entry) -> None:
         """Put a node's result where the others find it."""

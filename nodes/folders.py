@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,11 +65,14 @@ def using(folders: Folders) -> Iterator[Folders]:
         _current.reset(token)
 
 
-def inside(root: Path, name: str) -> Path:
-    """The path ``name`` below ``root``. Raises ``MahlstickError`` where it leads outside."""
+def inside(root: Path, name: str, *, follow: bool = False) -> Path:
+    """The path ``name`` below ``root``. Raises ``MahlstickError`` where it leads outside.
+
+    A link may lead outside only with ``follow``.
+    """
     base = root.expanduser().resolve()
     path = Path(os.path.normpath(base / name))
-    if not name or "\0" in name or not path.resolve().is_relative_to(base):
+    if not name or "\0" in name or not (path if follow else path.resolve()).is_relative_to(base):
         raise MahlstickError(f"{name!r} leads outside {root}; give a name below it.")
     return path
 
@@ -95,28 +98,32 @@ def own(kind: str) -> Path:
 
 
 def shown_files(shown: Mapping[str, Any]) -> list[Path]:
-    """The files that a node showed: ``{"images": [{"filename": …, "subfolder": …, "type": …}]}``."""
+    """The files below our folders that a node showed:
+    ``{"images": [{"filename": …, "subfolder": …, "type": …}]}``."""
     entries = [entry for value in shown.values() if isinstance(value, list | tuple) for entry in value]
-    named = [entry for entry in entries if isinstance(entry, Mapping) and "filename" in entry]
-    return [located(entry["filename"], entry.get("subfolder", ""), entry.get("type", "output")) for entry in named]
+    found = []
+    for entry in entries:
+        if isinstance(entry, Mapping) and isinstance(entry.get("filename"), str):
+            with suppress(MahlstickError):  # nodes of packs may show anything
+                subfolder, kind = str(entry.get("subfolder") or ""), entry.get("type", "output")
+                found.append(located(entry["filename"], subfolder, kind))
+    return found
 
 
-def still_there(shown: Mapping[str, Any]) -> bool:
-    """Whether the files that a node showed are where it left them."""
-    try:
-        return all(path.is_file() for path in shown_files(shown))
-    except MahlstickError:
-        return False
+def shown_stamp(shown: Mapping[str, Any]) -> str:
+    """What changes when the files that a node showed do: their paths, sizes and dates."""
+    return "|".join(f"{path}|{stamp(path)}" for path in shown_files(shown))
 
 
 def listed(kind: str) -> list[str]:
     """The names of the models of a kind, sorted: files, and folders in diffusers' layout."""
     found: set[str] = set()
     for root in _roots(kind):
-        for folder, subfolders, files in os.walk(root):
-            here = Path(folder).relative_to(root)
-            whole = [name for name in subfolders if _is_model(Path(folder) / name)]
-            subfolders[:] = [name for name in subfolders if name not in whole and not name.startswith(".")]
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            path = Path(folder)
+            here = path.relative_to(root)
+            whole = [name for name in subfolders if _is_model(path / name)]
+            subfolders[:] = [name for name in subfolders if name not in whole and not _is_passed_by(path / name)]
             found |= {(here / name).as_posix() for name in [*whole, *files] if name in whole or _is_weights(name)}
     return sorted(found)
 
@@ -124,7 +131,7 @@ def listed(kind: str) -> list[str]:
 def find(kind: str, name: str) -> Path:
     """The path of a model by its name in workflows. Raises ``MahlstickError`` where there is none."""
     for root in _roots(kind):
-        path = inside(root, name)
+        path = inside(root, name, follow=True)  # models often lie on another disk
         if path.exists():
             return path
     raise MahlstickError(
@@ -144,6 +151,12 @@ def _roots(kind: str) -> list[Path]:
 
 def _is_model(path: Path) -> bool:
     return (path / "model_index.json").is_file() or (path / "config.json").is_file()
+
+
+def _is_passed_by(folder: Path) -> bool:
+    """Whether it is hidden, or a link back to a folder that it lies in."""
+    leads_back = folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+    return folder.name.startswith(".") or leads_back
 
 
 def _is_weights(name: str) -> bool:

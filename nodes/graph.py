@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from math import isnan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes.schema import ANY, Input, NodeType
@@ -202,10 +202,7 @@ class _Checks:
         """Check an output and all before it."""
         if output in self.prepared:
             return
-        way, ahead = (
-            [output],
-            [self._enter(output)],
-        )  # the nodes from the output to here, and their links still to follow
+        way, ahead = [output], [self._enter(output)]  # the nodes from the output to here, their links still to follow
         on_way = {output}
         while way:
             one, link = next(ahead[-1], (None, None))
@@ -435,17 +432,18 @@ def _parse_step(each: Any, entry: Any) -> Step:
     for name, value in inputs.items():
         if _is_too_deep(value):
             raise _malformed("An input is nested too deeply", f"Node ID '#{each}' ({kind}), input {name}")
-    lists = {name: NoLink(value) for name, value in inputs.items() if isinstance(value, list) and not _is_link(value)}
+    lists = {name: NoLink(value) for name, value in inputs.items() if isinstance(value, list) and not is_link(value)}
     return Step(kind, {name: _value(value) for name, value in inputs.items()} | lists, title)
 
 
-def _is_link(value: Any) -> bool:
+def is_link(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a value in API JSON is a link, ``[id, slot]``."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
 
 
 def _value(value: Any) -> Any:
     """What an input is in a graph that is ``value`` in API JSON."""
-    if _is_link(value):
+    if is_link(value):
         return Link(*value)
     return value[_WRAP] if isinstance(value, Mapping) and _WRAP in value else value
 

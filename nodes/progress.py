@@ -34,6 +34,11 @@ def report(value: int, total: int, preview: Any = None) -> None:
         listener(value, total, preview)
 
 
+def heard() -> bool:
+    """Whether anybody hears what is reported: for nobody no picture need be made."""
+    return _listener.get() is not None
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Within the block ``listener`` hears what is reported."""

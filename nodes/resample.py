@@ -6,6 +6,7 @@ Grids are ``(batch, channels, height, width)`` here, whatever they hold. The beh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import EllipsisType
 
 import numpy as np
@@ -60,10 +61,28 @@ def bislerp(grid: Tensor, width: int, height: int) -> Tensor:
     return _slerped(across, height, dim=2).to(grid.dtype)
 
 
+def not_empty(batch: Tensor) -> Tensor:
+    """The batch. Raises ``MahlstickError`` where it has no items."""
+    if not len(batch):
+        raise MahlstickError("the batch is empty; give at least one picture, mask or latent.")
+    return batch
+
+
 def repeat_to(batch: Tensor, count: int) -> Tensor:
     """The batch with ``count`` items: cut, or started over."""
-    times = math.ceil(count / len(batch))
+    times = math.ceil(count / len(not_empty(batch)))
     return batch.repeat(times, *[1] * (batch.ndim - 1))[:count] if times > 1 else batch[:count]
+
+
+def paired(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with as many items as the longer one has; the other is started over."""
+    count = max(len(first), len(second))
+    return repeat_to(first, count), repeat_to(second, count)
+
+
+def resized_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """A MASK as ``(batch, 1, height, width)`` of the size (height, width)."""
+    return F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=tuple(size), mode="bilinear")
 
 
 def ramp(length: int, start: int, end: int) -> Tensor:
@@ -101,11 +120,11 @@ def composite(below: Tensor, above: Tensor, left: int, top: int, weight: Tensor 
 
 
 def _of_aspect(grid: Tensor, aspect: float) -> Tensor:
-    """The middle of the grid with the aspect, up to whole columns or rows."""
+    """The middle of the grid with the aspect, up to whole columns or rows, of which one stays."""
     height, width = grid.shape[-2:]
     narrower = aspect / (width / height)
-    beside = max(0, round((width - width * narrower) / 2))
-    above = max(0, round((height - height / narrower) / 2))
+    beside = min(max(0, round((width - width * narrower) / 2)), (width - 1) // 2)
+    above = min(max(0, round((height - height / narrower) / 2)), (height - 1) // 2)
     return grid[..., above : height - above, beside : width - beside]
 
 

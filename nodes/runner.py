@@ -18,14 +18,14 @@ from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders
 from mahlstick.nodes.builtin import all_nodes
 from mahlstick.nodes.cache import Cache, DiskCache, MemoryCache, Tiered
+from mahlstick.nodes.comfy.api import Api, title
 from mahlstick.nodes.comfy.packs import load_pack
 from mahlstick.nodes.comfy.script import from_python, to_python
 from mahlstick.nodes.comfy.ui import from_api, read
 from mahlstick.nodes.engine import Engine, Listen, Outcome
+from mahlstick.nodes.files import whole
 from mahlstick.nodes.folders import Folders
 from mahlstick.nodes.schema import NodeType
-
-Api = dict[str, Any]
 
 GIGABYTE = 1 << 30
 IN_MEMORY = 4 * GIGABYTE
@@ -60,7 +60,7 @@ def open_cache(folder: str | os.PathLike[str] | None) -> Cache:
 
 def engine_of(nodes: Mapping[str, NodeType], cache: Cache | None) -> Engine:
     """The engine for nodes that compute with torch and save below the current folders."""
-    return Engine(nodes, cache, still_there=folders.still_there, around=torch.no_grad)
+    return Engine(nodes, cache, stamp=folders.shown_stamp, around=torch.no_grad)
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any], nodes: Mapping[str, NodeType]) -> Api:
@@ -89,7 +89,8 @@ def run(
     that come with mahlstick. ``where``: the folders, left out those below the working folder. ``cache``: what keeps
     results, left out nothing. ``targets``: ids of the nodes to run, left out all that save or show something.
 
-    Raises ``MahlstickError`` before anything runs where the workflow is faulty, and where a node fails.
+    Raises ``MahlstickError`` before anything runs where the workflow is faulty, and where a node fails; ``Interrupted``
+    where ``stop`` was set.
     """
     nodes = all_nodes() if nodes is None else nodes
     with folders.using(where or folders.current()):
@@ -120,14 +121,8 @@ def write(
         text = to_python(api, nodes)
     else:
         text = json.dumps(from_api(api, nodes) if form == "ui" else api, indent=2, ensure_ascii=False) + "\n"
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        raise MahlstickError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(target) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
     return target
 
 
@@ -135,7 +130,7 @@ class Bar:
     """A progress bar that listens to a run: the nodes, and the steps of the one that is running."""
 
     def __init__(self, api: Api, hidden: bool = False) -> None:
-        self._names = {each: _title(step) or step["class_type"] for each, step in api.items()}
+        self._names = {each: title(step) or step["class_type"] for each, step in api.items()}
         self._bar = tqdm(total=len(api), disable=hidden, bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}  {desc}")
         self._running = False
 
@@ -165,7 +160,7 @@ class Bar:
 def with_changes(api: Api, changes: Mapping[str, Any], nodes: Mapping[str, NodeType]) -> Api:
     """The workflow with other values of some inputs, given as for :func:`run`. Text is read as the input's type asks.
 
-    Raises ``MahlstickError`` where there is no such node or input, or the input is joined to another node.
+    Raises ``MahlstickError`` where there is no such node or input, or the input takes only another node's output.
     """
     changed = deepcopy(api)
     for place, value in changes.items():
@@ -184,21 +179,17 @@ def with_changes(api: Api, changes: Mapping[str, Any], nodes: Mapping[str, NodeT
     return changed
 
 
-def _title(step: Mapping[str, Any]) -> str:
-    return str(step.get("_meta", {}).get("title", ""))
-
-
 def _node(api: Api, named: str, place: str) -> str:
     """The id of a node by its id, its title or its class."""
     if named in api:
         return named
-    titles = {each: (_title(step), step["class_type"]) for each, step in api.items()}
+    titles = {each: (title(step), step["class_type"]) for each, step in api.items()}
     found = [each for each, names in titles.items() if named in names]
     if len(found) == 1:
         return found[0]
     if found:
         raise MahlstickError(f"{place}: several nodes are called {named!r}; give an id, one of {', '.join(found)}.")
-    listed = ", ".join(f"{each} ({title or kind})" for each, (title, kind) in titles.items())
+    listed = ", ".join(f"{each} ({named or kind})" for each, (named, kind) in titles.items())
     raise MahlstickError(f"{place}: the workflow has no node {named!r}; it has {listed}.")
 
 

@@ -224,8 +224,9 @@ class NodeType:
     @property
     def info(self) -> dict[str, Any]:
         """The node's entry in ComfyUI's ``/object_info``."""
-        required = {each.name: each.info for each in self.inputs if each.required}
-        optional = {each.name: each.info for each in self.inputs if not each.required}
+        inputs = self.inputs
+        required = {each.name: each.info for each in inputs if each.required}
+        optional = {each.name: each.info for each in inputs if not each.required}
         groups: dict[str, Mapping[str, Any]] = {"required": required, "optional": optional, "hidden": self.hidden}
         kept = {group: found for group, found in groups.items() if found or group == "required"}
         return {

@@ -8,7 +8,7 @@ changed: a node that adjusts a model returns another that shares its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -19,13 +19,16 @@ from mahlstick.adapters.controlnet import ControlNet, Mode
 from mahlstick.nodes.schema import Socket
 from mahlstick.pipelines.units import Unit
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "lcm"]
 
 #: Changes a network for as long as a block lasts: a LoRA, FreeU.
 Patch = Callable[[Any], AbstractContextManager[Any]]
 
 #: The guided estimate from (conditional, unconditional, scale, x, sigma), each an estimate of x0.
 Guide = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
+
+#: The number of the noise that each frame begins with, from how many frames there are and the seed.
+NoiseOrder = Callable[[int, int], Sequence[int]]
 
 #: ``denoiser(x, sigma) -> x0`` with ``sigma`` of shape ``(batch,)``.
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -35,21 +38,29 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 class Model:
     """A UNet with what sampling must know of it.
 
-    ``sigmas`` is the noise of each training step, rising. ``units`` act on the UNet while it samples, ``patches``
-    change it for so long. Latents ``z`` go in as ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one
-    latent, along one side. ``autoencoder``: the one that belongs to it, for previews.
+    ``sigmas`` is the noise of each training step, rising. A distilled model knows only every ``stride``-th of them, up
+    to the last. ``units`` act on the UNet while it samples, ``patches`` change it for so long. Latents ``z`` go in as
+    ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one latent, along one side. ``noise_order``: unless the
+    latents have a ``batch_index``, this makes it. ``autoencoder``: the one that belongs to it, for previews.
     """
 
     unet: Any
     sigmas: Tensor
     prediction: Prediction = "epsilon"
+    stride: int = 1
     latent_scale: float = 1.0
     latent_shift: float = 0.0
     factor: int = 8
     units: tuple[Unit, ...] = ()
     patches: tuple[Patch, ...] = ()
     guide: Guide | None = None
+    noise_order: NoiseOrder | None = None
     autoencoder: Any = None
+
+    @property
+    def table(self) -> Tensor:
+        """The sigmas of the training steps that the model knows."""
+        return self.sigmas[self.stride - 1 :: self.stride]
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents as the UNet takes them."""

@@ -40,9 +40,12 @@ def fit(autoencoder: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, SIDE // 4, SIDE // 4, generator=generator)
     picture = F.interpolate(coarse * 2 - 0.5, size=(SIDE * factor, SIDE * factor), mode="bicubic").clamp(0, 1)
-    like = next(autoencoder.parameters())
-    found = autoencoder.encode((picture * 2 - 1).to(like.device, like.dtype)).latent_dist.mode()
-    latents = found[0].flatten(1).T.to("cpu", torch.float32)
+    kept = autoencoder.dtype
+    try:
+        autoencoder.to(torch.float32)  # in halves SDXL's overflows
+        latents = autoencoder.encode((picture * 2 - 1).to(autoencoder.device)).latent_dist.mode()[0].flatten(1).T.cpu()
+    finally:
+        autoencoder.to(kept)
     wanted = F.interpolate(picture, size=(SIDE, SIDE), mode="area")[0].flatten(1).T
     known = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
     return cast(Tensor, torch.linalg.lstsq(known, wanted).solution)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -400,11 +402,15 @@ def test_read_recognises_what_it_is_given(tmp_path: Path) -> None:
 def test_read_says_why_not(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    chunk = struct.pack(">4sIIBBBBB", b"IHDR", 50_000, 50_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header)
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "half.json").write_text('{"1": ')
     for source, sentence in [
         (tmp_path / "plain.png", "plain.png holds no workflow"),
         (tmp_path / "broken.png", "broken.png: not a readable picture"),
+        (tmp_path / "huge.png", "huge.png: not a readable picture"),
         (tmp_path / "missing.png", "missing.png: no such file"),
         (tmp_path / "missing.json", "missing.json: no readable workflow"),
         (tmp_path / "list.json", "list.json holds no workflow"),

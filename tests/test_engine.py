@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mahlstick.nodes.cache import DiskCache, MemoryCache
+from mahlstick.nodes.cache import DiskCache, MemoryCache, Tiered
 from mahlstick.nodes.engine import Engine, NodeFailed, Outcome
 from mahlstick.nodes.graph import InvalidGraph, Link, LiveGraph, Step
 from mahlstick.nodes.progress import Interrupted, report
@@ -90,6 +90,12 @@ def Read(*, path: str) -> NumberT:
 @node("test")
 def Fail(*, value: NumberT) -> NumberT:
     raise ZeroDivisionError(f"cannot divide {value}")
+
+
+@node("test")
+def Leave(*, value: NumberT) -> NumberT:
+    hooks["leave"]()
+    return value
 
 
 @node("test")
@@ -240,13 +246,16 @@ def test_a_new_process_executes_nothing(tmp_path: Path) -> None:
     assert outcome.executed == [] and outcome.ui == {"show": {"shown": [14]}}
 
 
-def test_what_was_shown_must_still_be_there() -> None:
+def test_what_was_shown_must_still_be_there(tmp_path: Path) -> None:
     there = True
-    engine = Engine(NODES, MemoryCache(10_000), still_there=lambda ui: there and ui == {"shown": [14]})
+    cache = Tiered(MemoryCache(10_000), DiskCache(tmp_path, 1 << 20))
+    engine = Engine(NODES, cache, stamp=lambda ui: f"{ui} {there}")
     engine.run(DIAMOND)
     assert engine.run(DIAMOND).executed == []
+    cache.free()
+    assert engine.run(DIAMOND).executed == []
     there = False
-    assert engine.run(DIAMOND).executed == ["show"]
+    assert engine.run(DIAMOND).executed == ["show"] and engine.run(DIAMOND).executed == []
 
 
 def test_fingerprints(tmp_path: Path) -> None:
@@ -443,6 +452,18 @@ def test_a_failure_says_where_and_why() -> None:
         "current_inputs": {"value": [1]},
         "current_outputs": ["one"],
     }
+
+
+@pytest.mark.parametrize("kind", ["Leave", "Sleep"])
+def test_a_node_cannot_end_the_process(kind: str) -> None:
+    """Side by side with others, or not."""
+
+    def leave() -> None:
+        raise SystemExit(2)
+
+    hooks["asleep"] = hooks["leave"] = leave
+    outcome = _run(_graph(one=("Number", {"value": 1}), end=(kind, {"value": ["one", 0]})), "end")
+    assert str(outcome.error) == f"Node end ({kind}): It tried to end the program (2)."
 
 
 def test_a_failure_ends_what_runs_beside_it() -> None:

@@ -6,6 +6,7 @@ import ast
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 import mahlstick as ms
 from benchmarks import tiny
 from mahlstick.nodes import progress
-from mahlstick.nodes.builtin import control, sampling
+from mahlstick.nodes.builtin import control, samplers, sampling
 from mahlstick.nodes.sampling.conditions import resolve
 from mahlstick.nodes.sampling.models import model_from_pipeline, model_from_unet
 from mahlstick.nodes.sampling.network import SamplingClock, clipped_on
@@ -189,6 +190,28 @@ def test_the_three_parameterisations() -> None:
         model_from_unet(network, "flow")
 
 
+def test_a_latent_consistency_model_knows_every_twentieth_step() -> None:
+    (distilled,) = samplers.ModelSamplingDiscrete(model=model(), sampling="lcm")
+    assert torch.equal(distilled.table, model().sigmas[19::20])
+    asked: list[int] = []
+    hook = distilled.unet.register_forward_pre_hook(lambda _, args: asked.append(int(args[1][0])))
+    found = run(distilled, sampler_name="lcm", scheduler="sgm_uniform", steps=5, cfg=1.0)
+    hook.remove()
+    assert asked == [999, 799, 599, 419, 219] and found.isfinite().all()  # near 999, 803, 607, 411 and 215
+    for again, steps in (("lcm", 50), ("eps", 1000)):
+        assert len(samplers.ModelSamplingDiscrete(model=distilled, sampling=again)[0].table) == steps
+
+
+def test_a_latent_consistency_model_keeps_x_where_there_is_no_noise() -> None:
+    x, trained = noise(2, 4, SIDE, SIDE), model().sigmas[::10]  # of 100 steps every second, the first of them 1
+    (distilled,) = samplers.ModelSamplingDiscrete(model=replace(model(), sigmas=trained), sampling="lcm")
+    sigma = float(trained[1])
+    with torch.no_grad():
+        x0 = x - sigma * model().unet(x / math.sqrt(sigma**2 + 1), 1, text(1).expand(2, -1, -1)).sample
+    angle = math.atan(1 * 10 / 0.5)
+    assert close(estimate(distilled, x, sigma, [text(1), {}]), math.cos(angle) ** 2 * x + math.sin(angle) * x0)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -226,6 +249,12 @@ def test_areas_are_cut_out_and_feathered() -> None:
     sums[..., 8:, :8] += corner * estimate(model(), x[..., 8:, :8], SIGMA, [text(3), {}])
     weights[..., 8:, :8] += corner
     assert close(found, sums / weights)
+
+
+def test_areas_are_counted_in_eight_pixels_whatever_the_model() -> None:
+    x = noise(1, 4, 16, 16)
+    found = estimate(replace(model(), factor=4), x, SIGMA, [text(1), {}], [text(2), {"area": (8, 4, 0, 4)}])
+    assert close(found, estimate(model(), x, SIGMA, [text(1), {}], [text(2), {"area": (16, 8, 0, 8)}]))
 
 
 def test_an_area_has_its_like_in_the_negative() -> None:
@@ -270,10 +299,19 @@ def test_a_range_holds_where_comfyui_lets_it() -> None:
 
 
 def test_windows_of_units_end_where_comfyui_ends_them() -> None:
-    trained = model().sigmas
-    percents = [(k / 20, percent_to_sigma(trained, k / 20)) for k in range(21)]
-    for scheduler, steps in (("sgm_uniform", 20), ("normal", 21), ("karras", 7)):
-        clock = SamplingClock(trained, sigmas := schedule(scheduler, trained, steps))
+    distilled = replace(model(), stride=20)
+    # 749.25 lies between the steps 739 and 759.
+    assert percent_to_sigma(distilled.table, 0.25, 20) == pytest.approx(
+        float(model().sigmas[739] ** (1 - 10.25 / 20) * model().sigmas[759] ** (10.25 / 20))
+    )
+    for known, scheduler, steps in (
+        (model(), "sgm_uniform", 20),
+        (model(), "normal", 21),
+        (model(), "karras", 7),
+        (distilled, "sgm_uniform", 20),
+    ):
+        percents = [(k / 20, percent_to_sigma(known.table, k / 20, known.stride)) for k in range(21)]
+        clock = SamplingClock(known, sigmas := schedule(scheduler, known.table, steps))
         for step, sigma in enumerate(sigmas[:-1].tolist()):
             clock.tell(sigma, ("cond",))
             assert clock.position(0) == (step, steps)
@@ -307,6 +345,15 @@ def test_controls_of_their_own_for_positive_and_negative() -> None:
     with_both = by_hand(x, text(1), unit(one), unit(two))
     assert close(found["positive"], (with_both + by_hand(x, text(3))) / 2)
     assert close(found["negative"], by_hand(x, text(2), unit(three, rows=3)))
+
+
+def test_each_control_picture_is_encoded_once_in_a_run() -> None:
+    encoded: list[int] = []
+    hook = net().controlnet_cond_embedding.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    positive, negative = ([[text(seed), {"control": (ControlHint(net(), picture(seed)),)}]] for seed in (1, 2))
+    run(model(), positive=positive, negative=negative)
+    hook.remove()
+    assert encoded == [1, 1]
 
 
 def test_the_same_control_serves_both_in_one_call() -> None:
@@ -498,6 +545,27 @@ def test_sdxl_takes_pooled_text_and_sizes() -> None:
     assert close(found, x - SIGMA * output)
     other = [[text(2, length=14, width=2 * tiny.WIDTH), {"pooled_output": pooled}]]
     assert run(xl, positive=[[words, {}]], negative=other).shape == (1, 4, SIDE, SIDE)
+
+
+def test_the_refiner_takes_a_score_in_place_of_the_target_size() -> None:
+    base = tiny.unet("sdxl").config
+    dim = base.projection_class_embeddings_input_dim - base.addition_time_embed_dim
+    refiner, x = model_from_unet(tiny.unet("sdxl", projection_class_embeddings_input_dim=dim)), noise(1, 4, SIDE, SIDE)
+    words, pooled = text(1, width=2 * tiny.WIDTH), noise(1, tiny.WIDTH, seed=3)
+    entry = [words, {"pooled_output": pooled, "width": 96, "height": 80}]
+    found = estimates(refiner, x, SIGMA, positive=[entry], negative=[entry])
+    for name, score in (("positive", 6.0), ("negative", 2.5)):
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[80.0, 96, 0, 0, score]])}
+        with torch.no_grad():
+            output = refiner.unet(x / math.sqrt(SIGMA**2 + 1), TIMESTEP, words, added_cond_kwargs=added).sample
+        assert close(found[name], x - SIGMA * output), name
+
+
+def test_no_picture_is_made_for_nobody() -> None:
+    unfit = replace(model(), autoencoder=torch.nn.Identity())
+    assert torch.equal(run(unfit), run(model()))
+    with pytest.raises(AttributeError), progress.listening(lambda value, total, preview=None: None):
+        run(unfit)
 
 
 def test_the_unet_is_afterwards_what_it_was() -> None:

@@ -59,7 +59,7 @@ def test_memory_is_bounded_and_forgets_the_least_recently_used() -> None:
     assert [name for name in "abcd" if cache.get(name)] == ["a", "c", "d"] and cache.size == 900
     cache.put("huge", Entry(([torch.zeros(300)],)))
     assert cache.get("huge") is None and cache.size == 900
-    cache.clear()
+    cache.free()
     assert cache.size == 0 and cache.get("a") is None
 
 
@@ -199,5 +199,5 @@ def test_memory_stands_before_the_disk(tmp_path: Path) -> None:
     assert disk.get("net") is None and memory.get("net") is both.get("net")
     fresh = MemoryCache(1000)
     assert Tiered(fresh, disk).get("k") is fresh.get("k") is not None
-    Tiered(memory, disk).clear()
+    Tiered(memory, disk).free()
     assert memory.get("k") is None and disk.get("k") is not None

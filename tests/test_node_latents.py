@@ -87,21 +87,26 @@ def test_encoding_takes_the_mean_of_the_middle() -> None:
     assert torch.allclose(pictures, (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), atol=1e-6)
     with pytest.raises(MahlstickError, match="7x64"):
         L.VAEEncode(pixels=torch.zeros(1, 64, 7, 3), vae=vae)
+    for decode in (L.VAEDecode, L.VAEDecodeTiled):
+        with pytest.raises(MahlstickError, match="16 channels and the VAE takes 4"):
+            decode(samples={"samples": torch.zeros(1, 16, 8, 8)}, vae=vae)
+        with pytest.raises(MahlstickError, match="batch is empty"):
+            decode(samples={"samples": torch.zeros(0, 4, 8, 8)}, vae=vae)
 
 
 def test_tiles_join_without_seams(embedded: Vae) -> None:
     """Nearly what comes in one piece; and no jump where tiles meet that is not there in one piece."""
-    pixels = scene(160, 192)
+    pixels = scene(96, 128)
     whole = one(L.VAEEncode(pixels=pixels, vae=embedded))
     heard: list[tuple[int, int]] = []
     with progress.listening(lambda value, total, preview=None: heard.append((value, total))):
-        tiled = one(L.VAEEncodeTiled(pixels=pixels, vae=embedded, tile_size=128, overlap=32))
+        tiled = one(L.VAEEncodeTiled(pixels=pixels, vae=embedded, tile_size=64, overlap=16))
     assert heard[-1][0] == heard[-1][1] == len(heard) > 3
     spread = whole["samples"].std()
     assert tiled["samples"].shape == whole["samples"].shape
     assert (tiled["samples"] - whole["samples"]).abs().mean() < 0.15 * spread
     in_one = one(L.VAEDecode(samples=whole, vae=embedded))
-    in_tiles = one(L.VAEDecodeTiled(samples=whole, vae=embedded, tile_size=128, overlap=32))
+    in_tiles = one(L.VAEDecodeTiled(samples=whole, vae=embedded, tile_size=64, overlap=16))
     assert in_tiles.shape == in_one.shape and (in_tiles - in_one).abs().mean() < 0.02
     for dim in (1, 2):
         assert in_tiles.diff(dim=dim).abs().max() < in_one.diff(dim=dim).abs().max() + 0.05
@@ -140,6 +145,8 @@ def test_inpainting_greys_the_masked_and_grows_the_mask() -> None:
     assert torch.equal(latents["samples"], grid(L.VAEEncode(pixels=pixels, vae=vae)))
     bare = L.InpaintModelConditioning(positive=text, negative=text, vae=vae, pixels=pixels, mask=mask, noise_mask=False)
     assert "noise_mask" not in bare[2]
+    several = one(L.VAEEncodeForInpaint(pixels=scene(64, 64, 2), vae=vae, mask=torch.ones(3, 8, 8)))
+    assert several["samples"].shape == (3, 4, 8, 8)
     assert one(L.SetLatentNoiseMask(samples=latent(), mask=mask[0]))["noise_mask"].shape == (1, 1, 34, 32)
 
 
@@ -218,6 +225,16 @@ def test_arithmetic() -> None:
     assert torch.allclose(halfway.norm(dim=1), lengths, atol=1e-5)
     blended = grid(L.LatentBlend(samples1=first, samples2=latent(2, seed=2), blend_factor=0.25))
     assert torch.allclose(blended, 0.25 * first["samples"] + 0.75 * latent(2, seed=2)["samples"])
+    several = grid(L.LatentBlend(samples1=first, samples2=latent(3, seed=2), blend_factor=0.0))
+    assert torch.equal(several, latent(3, seed=2)["samples"])
+    other = {"samples": torch.randn(2, 16, 8, 10)}
+    for node, names in (
+        (L.LatentAdd, ("samples1", "samples2")), (L.LatentBatch, ("samples1", "samples2")),
+        (L.LatentBlend, ("samples1", "samples2")), (L.LatentComposite, ("samples_to", "samples_from")),
+        (L.LatentCompositeMasked, ("destination", "source")),
+    ):  # fmt: skip
+        with pytest.raises(MahlstickError, match="of 16 and of 4 channels"):
+            node(**dict(zip(names, (first, other), strict=True)))
 
 
 # --- batches

@@ -89,9 +89,18 @@ def model() -> Model:
     return model_from_unet(unet())
 
 
+@cache
+def narrow() -> Model:
+    return model_from_unet(tiny.unet("sd1"))
+
+
+@cache
+def loaded(model_name: str) -> Any:
+    return run("ADE_LoadAnimateDiffModel", model_name=model_name)
+
+
 def gen2(model_name: str = "folder", context: Any = None, **dose: Any) -> Model:
-    loaded = run("ADE_LoadAnimateDiffModel", model_name=model_name)
-    applied = run("ADE_ApplyAnimateDiffModel", motion_model=loaded, **dose)
+    applied = run("ADE_ApplyAnimateDiffModel", motion_model=loaded(model_name), **dose)
     return run("ADE_UseEvolvedSampling", model=model(), m_models=applied, context_options=context)
 
 
@@ -138,6 +147,8 @@ def test_a_strength_may_be_a_mask() -> None:
     multival = run("ADE_MultivalDynamic", float_val=1.5, mask_optional=mask)
     (unit,) = gen2(scale_multival=multival).units
     assert torch.equal(output(unit), output(ms.Motion(module(), scale=1.5, mask=mask)))
+    (flat,) = gen2(scale_multival=multival[0]).units
+    assert torch.equal(output(flat), output(unit))
     (nothing,) = gen2(scale_multival=0 * mask).units
     assert torch.equal(output(nothing), output())
 
@@ -154,10 +165,13 @@ def test_motion_loras_add_up() -> None:
 
 
 def test_two_modules_act_one_after_the_other() -> None:
-    loaded = run("ADE_LoadAnimateDiffModel", model_name="folder")
-    first = run("ADE_ApplyAnimateDiffModelSimple", motion_model=loaded, scale_multival=0.5)
+    first = run("ADE_ApplyAnimateDiffModelSimple", motion_model=loaded("folder"), scale_multival=0.5)
     both = run(
-        "ADE_ApplyAnimateDiffModel", motion_model=loaded, start_percent=0.2, end_percent=0.6, prev_m_models=first
+        "ADE_ApplyAnimateDiffModel",
+        motion_model=loaded("folder"),
+        start_percent=0.2,
+        end_percent=0.6,
+        prev_m_models=first,
     )
     units = run("ADE_UseEvolvedSampling", model=model(), m_models=both).units
     assert [(unit.scale, unit.start, unit.end, unit.window) for unit in units] == [
@@ -191,10 +205,9 @@ def test_noise_schedules() -> None:
     linear, root = sigmas(beta_schedule="linear"), sigmas(beta_schedule="scaled_linear")
     torch.testing.assert_close(gen2("file.safetensors").sigmas, linear)
     torch.testing.assert_close(gen2("folder").sigmas, model().sigmas)
-    loaded = (run("ADE_LoadAnimateDiffModel", model_name="file.safetensors"),)
     named = {"use existing": model().sigmas, "linear (HotshotXL/default)": root, "sqrt_linear (AnimateDiff)": linear}
     for name, wanted in (named | {"avg(sqrt_linear,linear)": (linear + root) / 2}).items():
-        found = run("ADE_UseEvolvedSampling", model=model(), beta_schedule=name, m_models=loaded)
+        found = run("ADE_UseEvolvedSampling", model=model(), beta_schedule=name, m_models=(loaded("file.safetensors"),))
         torch.testing.assert_close(found.sigmas, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -210,6 +223,13 @@ def test_noise_schedules() -> None:
         ("ADE_StandardUniformContextOptions", {"use_on_equal_length": True}, "use_on_equal_length"),
         ("ADE_StandardUniformContextOptions", {"prev_context": Context(4, 1)}, "prev_context.*leave it open"),
         ("ADE_StandardUniformContextOptions", {"context_length": 4, "context_overlap": 4}, "overlap"),
+        ("ADE_AnimateDiffSamplingSettings", {"noise_type": "empty", "seed_gen": "comfy"}, "noise_type: noise is"),
+        ("ADE_AnimateDiffSamplingSettings", {"noise_type": "default", "seed_gen": "auto1111"}, "seed_gen: noise is"),
+        (
+            "ADE_AnimateDiffSamplingSettings",
+            {"noise_type": "default", "seed_gen": "comfy", "noise_layers": 1},
+            "noise_layers.*leave it open",
+        ),
         ("ADE_LoadAnimateDiffModel", {"model_name": "../../etc/passwd"}, "leads outside"),
         ("ADE_LoadAnimateDiffModel", {"model_name": "nothing.ckpt"}, "no such model"),
         ("ADE_LoadAnimateDiffModel", {"model_name": "embedded:walk"}, "embedded:walk"),
@@ -235,11 +255,13 @@ def conditioning(seed: int) -> list[Any]:
 
 
 def sampled(model: Model, positive: Any = None, negative: Any = None, latent: dict[str, Any] | None = None) -> Tensor:
-    return run(
+    latent = latent or {"samples": torch.zeros(FRAMES, 4, 8, 8)}
+    made = run(
         "KSampler", model=model, seed=3, steps=2, cfg=3.0, sampler_name="euler", scheduler="normal",
-        positive=positive or conditioning(1), negative=negative or conditioning(2),
-        latent_image=latent or {"samples": torch.zeros(FRAMES, 4, 8, 8)},
-    )["samples"]  # fmt: skip
+        positive=positive or conditioning(1), negative=negative or conditioning(2), latent_image=latent,
+    )  # fmt: skip
+    assert made.keys() == latent.keys()
+    return made["samples"]
 
 
 @torch.no_grad()
@@ -266,9 +288,36 @@ def test_a_clip_is_sampled_in_windows() -> None:
     assert not torch.allclose(found, sampled(gen2()), atol=1e-2), "the windows make a difference"
 
 
+def test_frames_share_noise() -> None:
+    """The sampler draws what it would for latents of these places in a batch; those that have places keep them."""
+    latent = {"samples": torch.zeros(FRAMES, 4, 8, 8)}
+    free = run("MahlstickFreeNoise", samples=latent, context_length=4, context_overlap=2, noise_seed=3)["batch_index"]
+    context = run("ADE_StandardStaticContextOptions", context_length=4, context_overlap=2)
+
+    def animated(noise_type: str, batch_offset: int, context: Context | None = context) -> Model:
+        settings = run(
+            "ADE_AnimateDiffSamplingSettings", noise_type=noise_type, seed_gen="comfy", batch_offset=batch_offset
+        )
+        return run("ADE_UseEvolvedSampling", model=model(), context_options=context, sample_settings=settings)
+
+    for noise_type, windowed, alone in (
+        ("default", [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]), ("constant", [0] * 6, [0] * 6),
+        ("repeated_context", [0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]), ("FreeNoise", free, [0, 1, 2, 3, 4, 5]),
+    ):  # fmt: skip
+        order = animated(noise_type, 2).noise_order
+        assert order is not None and order(FRAMES, 3) == [2 + place for place in windowed]
+        order = animated(noise_type, 0, None).noise_order
+        assert order is not None and order(FRAMES, 3) == alone
+    found = animated("FreeNoise", 0)
+    torch.testing.assert_close(sampled(found), sampled(model(), latent=latent | {"batch_index": free}))
+    other = latent | {"batch_index": [8, 8, 8, 9, 9, 9]}
+    torch.testing.assert_close(sampled(found, latent=other), sampled(model(), latent=other))
+
+
 # mahlstick's own
 
 
+@cache
 def clip() -> Clip:
     return Clip((tiny.tokenizer(),), (tiny.text_encoder(),))
 
@@ -322,14 +371,13 @@ def test_sparse_pictures(tmp_path: Path) -> None:
     reference("scribble").save_pretrained(tmp_path)
     net: Any = ms.load_adapter(tmp_path)
     pictures = torch.rand(2, 64, 64, 3).mul(255).floor().div(255)
-    narrow = model_from_unet(tiny.unet("sd1"))
-    inputs = {"model": narrow, "control_net": net, "image": pictures, "strength": 0.5}
+    inputs = {"model": narrow(), "control_net": net, "image": pictures, "strength": 0.5}
     (unit,) = run("MahlstickSparseControl", frames="0, -2", **inputs).units
     call = tiny.unet_inputs("sd1", batch=FRAMES)
     outputs = []
     for each in (unit, ms.Control(net, pictures.movedim(-1, 1), scale=0.5, at=[0, 4])):
-        with torch.no_grad(), ms.attach(narrow.unet, each):
-            outputs.append(narrow.unet(**call).sample)
+        with torch.no_grad(), ms.attach(narrow().unet, each):
+            outputs.append(narrow().unet(**call).sample)
     torch.testing.assert_close(*outputs)
     for frames, said in (("0", "1 numbers for 2 pictures"), ("0, x", "no whole numbers")):
         with pytest.raises(ms.MahlstickError, match=said):
@@ -375,14 +423,13 @@ def test_a_picture_for_every_frame() -> None:
 
 def test_a_control_with_mode_and_mask() -> None:
     """Without effect under a black mask; under a white one as ControlNetApplyAdvanced, but for the mode."""
-    narrow = model_from_unet(tiny.unet("sd1"))
-    net: Any = tiny.awake(ms.ControlNet.from_unet(narrow.unet, conditioning_embedding_out_channels=(4, 6, 6, 8)))
+    net: Any = tiny.awake(ms.ControlNet.from_unet(unet(), conditioning_embedding_out_channels=(4, 6, 6, 8)))
     texts = {"positive": conditioning(1), "negative": conditioning(2)}
     white, one = torch.ones(1, 64, 64), {"samples": torch.zeros(1, 4, 8, 8)}
 
     def made(kind: str, **more: Any) -> Tensor:
         both = NODES[kind](**texts, control_net=net, image=torch.ones(1, 64, 64, 3), **more)
-        return sampled(narrow, *both, latent=one)
+        return sampled(model(), *both, latent=one)
 
     plain, followed = made("ControlNetApplyAdvanced", strength=0.0), made("ControlNetApplyAdvanced")
     torch.testing.assert_close(made("MahlstickControl", mask=0 * white), plain)
@@ -398,17 +445,16 @@ def test_a_control_with_mode_and_mask() -> None:
 @node("tests")
 def TinyModels() -> tuple[ModelT, ClipT, VaeT]:
     """What CheckpointLoaderSimple gives."""
-    return model_from_unet(tiny.unet("sd1")), clip(), Vae(tiny.vae())
+    return model(), clip(), Vae(tiny.vae())
 
 
-def test_a_workflow_from_words_to_a_file(tmp_path: Path) -> None:
-    tiny.motion_adapter(tiny.unet("sd1")).save_pretrained(tmp_path / "animatediff_models" / "tiny")
+def test_a_workflow_from_words_to_a_file(home: Path, tmp_path: Path) -> None:
     sampler = {"seed": 3, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     windows = {"context_length": 4, "context_overlap": 1, "fuse_method": "pyramid"}
     words = {"clip": ["1", 1], "prompts": "0: fox\n5: hen", "frames": FRAMES}
     steps: dict[str, tuple[str, dict[str, Any]]] = {
         "1": ("TinyModels", {}),
-        "2": ("ADE_LoadAnimateDiffModel", {"model_name": "tiny"}),
+        "2": ("ADE_LoadAnimateDiffModel", {"model_name": "folder"}),
         "3": ("ADE_ApplyAnimateDiffModelSimple", {"motion_model": ["2", 0]}),
         "4": ("ADE_StandardStaticContextOptions", windows),
         "5": ("ADE_UseEvolvedSampling", {"model": ["1", 0], "beta_schedule": "autoselect", "m_models": ["3", 0],
@@ -424,7 +470,7 @@ def test_a_workflow_from_words_to_a_file(tmp_path: Path) -> None:
     }  # fmt: skip
     prompt = {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in steps.items()}
     known = NODES | {each.name: each for each in (TinyModels, EmptyLatentImage, VHS_VideoCombine)}
-    with folders.using(folders.Folders(models=tmp_path, output=tmp_path)):
+    with folders.using(folders.Folders(models=home, output=tmp_path)):
         outcome = Engine(known).run(prompt)
     assert outcome.error is None
     (shown,) = outcome.ui["10"]["gifs"]

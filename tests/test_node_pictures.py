@@ -145,6 +145,7 @@ def test_loading_turns_masks_batches_and_refuses(here: folders.Folders) -> None:
     assert np.array_equal(images.to_picture(loaded[0]), upright)  # also where nothing is seen of it
     assert torch.allclose(mask[0], 1 - torch.from_numpy(np.asarray(clear) / np.float32(255)))
     assert torch.equal(one(images.LoadImageMask(image="alpha.png", channel="alpha")), mask)
+    assert torch.equal(one(images.LoadImageMask(image="plain.png", channel="alpha")), torch.zeros(1, 6, 8))
     assert torch.equal(one(images.LoadImageMask(image="plain.png", channel="green")), loaded[..., 1])
 
     frames = pixels(3)
@@ -212,6 +213,11 @@ def test_sizes_follow_and_crops_keep_the_middle() -> None:
     assert total.shape[1:3] == (64, 176)
     with pytest.raises(MahlstickError, match="0x0"):
         images.ImageScaleBy(image=image, upscale_method="area", scale_by=0.01)
+    thin, stretched = (
+        one(images.ImageScale(image=image[:, :2], upscale_method="area", width=400, height=2, crop=crop))
+        for crop in ("center", "disabled")
+    )
+    assert torch.equal(thin, stretched), "nothing can be cut off two rows"
 
 
 def test_lanczos_is_pillows_also_of_masks_and_alpha() -> None:
@@ -310,6 +316,8 @@ def test_batches() -> None:
     assert joined.shape == (6, 12, 16, 4) and (joined[:5, ..., 3] == 1).all()
     parts = one(images.RebatchImages(images=[image, image[:1]], batch_size=[4]))
     assert [len(part) for part in parts] == [4, 2] and torch.equal(torch.cat(parts), joined[[*range(5), 0], ..., :3])
+    with pytest.raises(MahlstickError, match="several sizes"):
+        images.RebatchImages(images=[image, pixels(1, 3, 4)], batch_size=[4])
     assert images.GetImageSize(image=image) == (16, 12, 5)
     assert one(images.ImageCrop(image=image, width=100, height=3, x=10, y=99)).shape == (5, 1, 6, 3)
 
@@ -339,6 +347,8 @@ def test_blends_and_filters() -> None:
     assert torch.allclose(blend("difference"), (image - above).clamp(0, 1), atol=1e-6)
     for mode in ("overlay", "soft_light"):
         assert torch.equal(blend(mode, 0.0), image) and not torch.equal(blend(mode), image)
+    several = one(images.ImageBlend(image1=pixels(2), image2=pixels(3, seed=1), blend_factor=1.0, blend_mode="normal"))
+    assert torch.equal(several, pixels(3, seed=1))
 
     flat = torch.full((1, 12, 16, 3), 0.3)
     for name, more in (("Blur", {"blur_radius": 3}), ("Sharpen", {"sharpen_radius": 3})):
@@ -428,6 +438,24 @@ def test_masks_combine_where_they_overlap() -> None:
         assert torch.equal(combined[0, :5], below[0, :5])
     outside = one(masks.MaskComposite(destination=below, source=above, x=50, y=0, operation="add"))
     assert torch.equal(outside, below)
+    two, three = random_mask(2), random_mask(3, seed=1)
+    several = one(masks.MaskComposite(destination=two, source=three, operation="multiply"))
+    assert torch.equal(several, two[[0, 1, 0]] * three)
+
+
+def test_nothing_is_made_of_an_empty_batch() -> None:
+    empty, mask = torch.zeros(0, 8, 8, 3), torch.zeros(0, 8, 8)
+    for call in (
+        lambda: images.SaveAnimatedPNG(images=empty),
+        lambda: images.RepeatImageBatch(image=empty, amount=2),
+        lambda: images.ImageQuantize(image=empty, colors=4, dither="none"),
+        lambda: images.ImageCompositeMasked(destination=pixels(), source=pixels(), mask=mask),
+        lambda: masks.MaskComposite(destination=random_mask(), source=mask, operation="add"),
+        lambda: annotate.Canny(image=empty),
+        lambda: annotate.CannyEdgePreprocessor(image=empty),
+    ):
+        with pytest.raises(MahlstickError, match="batch is empty"):
+            call()
 
 
 # --- control pictures and plain values
@@ -462,6 +490,8 @@ def test_annotators_by_their_names_in_comfyui() -> None:
         with pytest.raises(MahlstickError, match=word):
             annotate.MahlstickAnnotate(image=image, annotator="canny", options=bad)
     repainted = one(annotate.InpaintPreprocessor(image=image, mask=torch.eye(2)[None]))
+    several = annotate.InpaintPreprocessor(image=image, mask=torch.ones(3, 2, 2))
+    assert torch.equal(one(several), -torch.ones(3, 32, 48, 3))
     assert (repainted[:, :16, :24] == -1).all() and torch.equal(repainted[:, :14, 26:], image[:, :14, 26:])
 
 

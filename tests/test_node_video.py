@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,16 @@ def test_sound_goes_along(home: Path) -> None:
     sound, seconds = run("VHS_LoadAudioUpload", audio=entry["filename"], start_time=0.5, duration=0.25)
     assert seconds == pytest.approx(0.25) and sound["waveform"].shape[-1] == 12000
     combined(filename_prefix="silent")
-    with pytest.raises(ms.MahlstickError, match="has no sound"):
-        run("VHS_LoadAudio", audio_file="input/silent_00001_.mp4")
+    with wave.open(str(home / "shared" / "empty.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+    for name in ("silent_00001_.mp4", "empty.wav"):
+        with pytest.raises(ms.MahlstickError, match="has no sound"):
+            run("VHS_LoadAudio", audio_file=f"input/{name}")
+    path = home / "shared" / entry["filename"]
+    middle, length = path.stat().st_size // 2, path.stat().st_size // 8
+    path.write_bytes(path.read_bytes()[:middle] + bytes(length) + path.read_bytes()[middle + length :])
+    with pytest.raises(ms.MahlstickError, match="sound is damaged"):
+        run("VHS_LoadAudio", audio_file=entry["filename"])
 
 
 def test_frames_are_taken_by_time_and_number() -> None:
@@ -197,15 +206,18 @@ def test_videos_of_comfyui(home: Path) -> None:
 
 def test_parts_of_batches() -> None:
     images = clip()
-    latents = {"samples": torch.randn(FRAMES, 4, 3, 3), "noise_mask": torch.rand(FRAMES, 3, 3), "other": [1]}
+    latents = {"samples": torch.randn(FRAMES, 4, 3, 3), "noise_mask": torch.rand(FRAMES, 3, 3)}
+    latents |= {"batch_index": [5, 4, 3, 2, 1, 0], "other": [1]}
     first, count, second, rest = run("VHS_SplitImages", images=images, split_index=-2)
     assert (count, rest) == (4, 2) and torch.equal(torch.cat([first, second]), images)
     head, count, tail, _ = run("VHS_SplitLatents", latents=latents, split_index=2)
     assert count == 2 and torch.equal(tail["noise_mask"], latents["noise_mask"][2:]) and head["other"] == [1]
+    assert (head["batch_index"], tail["batch_index"]) == ([5, 4], [3, 2, 1, 0])
     assert run("VHS_GetImageCount", images=images) == run("VHS_GetLatentCount", latents=latents) == (FRAMES,)
     assert torch.equal(run("VHS_DuplicateImages", images=images, multiply_by=2)[0], torch.cat([images, images]))
     doubled, count = run("VHS_DuplicateLatents", latents=latents, multiply_by=2)
     assert count == 2 * FRAMES and torch.equal(doubled["samples"][FRAMES:], latents["samples"])
+    assert doubled["batch_index"] == 2 * latents["batch_index"]
     every = run("VHS_SelectEveryNthImage", images=images, select_every_nth=2, skip_first_images=1)[0]
     assert torch.equal(every, images[1::2])
     every = run("VHS_SelectEveryNthLatent", latents=latents, select_every_nth=4)[0]
@@ -245,6 +257,8 @@ def test_indexes(indexes: str, places: list[int]) -> None:
         ("VHS_SelectImages", {"image": clip(), "indexes": "6"}, "not among 6 pictures"),
         ("VHS_SelectImages", {"image": clip(), "indexes": "fox"}, "no number or range"),
         ("VHS_SelectImages", {"image": clip(), "indexes": "4:2"}, "choose nothing"),
+        ("VHS_SelectImages", {"image": clip(), "indexes": "0:5:0"}, "no range"),
+        ("VHS_SelectImages", {"image": clip(), "indexes": "0:5:1:1"}, "no range"),
         ("VHS_SelectFilename", {"filenames": (True, ["a"]), "index": 1}, "only 1"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mahlstick.errors import MahlstickError
-from mahlstick.nodes import folders, progress
+from mahlstick.nodes import cache, folders, progress
 from mahlstick.nodes.comfy.packs import load_pack
 from mahlstick.nodes.comfy.script import from_python, to_python
 from mahlstick.nodes.graph import call_with, parse, validate
@@ -221,6 +221,24 @@ def test_graphs_with_nodes_of_packs(pack: dict[str, NodeType]) -> None:
         validate(parse(api), pack)
 
 
+def test_what_any_file_of_a_pack_changes_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "pack" / "work").mkdir(parents=True)
+    (tmp_path / "pack" / "help").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text("from .work.nodes import NODE_CLASS_MAPPINGS")
+    (tmp_path / "pack" / "work" / "nodes.py").write_text(
+        "from ..help.sums import one\n"
+        "class A:\n    FUNCTION = 'a'\n    RETURN_TYPES = ('A',)\n    INPUT_TYPES = lambda: {}\n"
+        "    def a(self):\n        return (one(),)\n"
+        "NODE_CLASS_MAPPINGS = {'A': A}\n"
+    )
+    keys = []
+    for text in ("def one(): return 1", "def one(): return 2"):
+        (tmp_path / "pack" / "help" / "sums.py").write_text(text)
+        cache._digest.cache_clear()  # as in another process
+        keys.append(cache.key(load_pack(tmp_path / "pack")["A"], {}, {}))
+    assert None not in keys and keys[0] != keys[1]
+
+
 def test_files_of_packs(own_folders: folders.Folders, tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(
         "import folder_paths as f, os\n"
@@ -237,7 +255,8 @@ def test_files_of_packs(own_folders: folders.Folders, tmp_path: Path) -> None:
         "        return ([os.path.isdir(folder), name, number, below, prefix, *places],)\n"
         "NODE_CLASS_MAPPINGS = {'A': A}\n"
     )
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "mine").symlink_to(tmp_path / "disk")
     (tmp_path / "mine" / "w.pth").touch()
     node = load_pack(tmp_path / "one.py")["A"]
     assert node.inputs[0].choices == ("w.pth",)
@@ -256,6 +275,7 @@ def test_packs_that_cannot_be_used(tmp_path: Path) -> None:
         ("from comfy.utils import load_torch_file", "ImportError: cannot import name 'load_torch_file'"),
         ("x = 1", "has no NODE_CLASS_MAPPINGS"),
         ("def", "SyntaxError"),
+        ("raise SystemExit('too old')", "SystemExit: too old"),
         (good.replace("'a'\n", "'b'\n"), "its node A is not as ComfyUI wants it"),
         (good.replace("{}", "1 / 0"), "its node A is not as ComfyUI wants it .*ZeroDivisionError"),
     ]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from PIL import Image
 
 import mahlstick as ms
-from mahlstick.pipelines.preview import preview
+from benchmarks.tiny import vae
+from mahlstick.pipelines.preview import fit, preview
 
 
 def test_latents_look_like_the_picture_that_they_are_of():
@@ -23,3 +26,10 @@ def test_latents_look_like_the_picture_that_they_are_of():
     assert shown.size == latents.shape[-1:-3:-1]
     true = np.asarray(colours.resize(shown.size, Image.Resampling.BOX))
     assert np.corrcoef(np.asarray(shown).ravel(), true.ravel())[0, 1] > 0.95
+
+
+def test_an_autoencoder_that_overflows_in_halves_is_fitted_in_float32():
+    autoencoder = copy.deepcopy(vae()).half()
+    autoencoder.encoder.conv_in.weight.data *= 1e5
+    assert fit(autoencoder).isfinite().all()
+    assert autoencoder.dtype == torch.float16

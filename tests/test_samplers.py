@@ -359,6 +359,8 @@ def test_unknown_names_name_the_known() -> None:
         sigmas("karras", 0)
     with pytest.raises(MahlstickError, match=r"'cosine'.*scaled_linear"):
         training_sigmas(beta_schedule="cosine")
+    with pytest.raises(MahlstickError, match=r"alpha and beta above 0"):
+        builtin.BetaSamplingScheduler(model=Model(None, training_sigmas()), alpha=0.0)
 
 
 # Schedules

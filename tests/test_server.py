@@ -286,13 +286,14 @@ def test_an_invalid_workflow_is_answered_as_comfyui_answers(
         b'{"prompt": NaN}',
         b'{"prompt": ' + b"[" * 100_000,
         b'{"prompt": {}, "number": "first"}',
+        b'{"prompt": {}, "number": ' + b"9" * 400 + b"}",
         b'{"prompt": {}, "extra_data": 1}',
         b'{"prompt": {}, "prompt_id": 7}',
         b'{"prompt": {}, "partial_execution_targets": 1}',
         b'{"prompt": {"1": {"class_type": "\\ud800", "inputs": {}}}}',
         b"\xff\xfe{",
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_what_is_no_workflow_gets_a_sentence(studio: Served, body: bytes) -> None:
     answer = studio.http.post("/prompt", content=body)
@@ -429,7 +430,7 @@ def test_the_history_has_pages_and_an_end(tmp_path: Path) -> None:
             ids.append(running.prompt(wait(seconds=0.0)))
             running.history(ids[-1])
         ids = ids[2:]  # as the history forgets
-        assert page() == page(max_items=9) == ids
+        assert page() == page(max_items=9) == page(max_items=10**30) == ids
         assert page(max_items=2) == ids[2:] == page(offset=2)
         assert page(max_items=2, offset=1) == ids[1:3]
         assert page(max_items=2, offset=9) == page(max_items=0) == []
@@ -459,6 +460,7 @@ def test_pictures_are_uploaded(studio: Served) -> None:
     assert sorted(each.name for each in where.iterdir()) == ["a (1).png", "a (2).png", "a.png"]
     assert upload("a.png", png(4), overwrite="true")["name"] == "a.png"
     assert (where / "a.png").read_bytes() == png(4)
+    assert upload("clip.mp4", b"frames")["name"] == "clip.mp4" and (where / "clip.mp4").read_bytes() == b"frames"
     told = upload("b.png", png(5), subfolder="deep/er", type="temp")
     assert told == {"name": "b.png", "subfolder": "deep/er", "type": "temp"}
     assert studio.http.get("/view", params={"filename": "b.png", **told}).content == png(5)
@@ -513,6 +515,8 @@ def test_a_mask_is_joined_to_its_picture(studio: Served) -> None:
 
     assert upload(mask.getvalue()).status_code == 400
     assert upload(mask.getvalue(), original_ref="[]").status_code == 400
+    clip = studio.http.post("/upload/mask", files={"image": ("m.mp4", b"x")}, data={"original_ref": "{}"})
+    assert clip.status_code == 400 and "no picture" in clip.json()["error"]["message"]
     assert upload(png(), original_ref=json.dumps(reference)).status_code == 400  # of another size
     assert upload(mask.getvalue(), original_ref='{"filename": "../face.png"}').status_code == 400
     assert upload(mask.getvalue(), original_ref='{"filename": "nobody.png"}').status_code == 404

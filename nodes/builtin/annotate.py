@@ -14,14 +14,13 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mahlstick import pictures
 from mahlstick.annotators import registry
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import progress
 from mahlstick.nodes.builtin.images import MAX_SIDE
-from mahlstick.nodes.resample import from_picture, to_picture
+from mahlstick.nodes.resample import from_picture, not_empty, paired, resized_mask, to_picture
 from mahlstick.nodes.schema import Widget, node
 from mahlstick.nodes.values import ImageT, MaskT
 
@@ -43,7 +42,7 @@ def Canny(*, image: ImageT, low_threshold: Threshold = 0.4, high_threshold: Thre
     """
     if low_threshold > high_threshold:
         raise MahlstickError(f"low_threshold {low_threshold} exceeds high_threshold {high_threshold}; exchange them.")
-    edges = [_canny(each.cpu().float().numpy(), low_threshold, high_threshold) for each in image[..., :3]]
+    edges = [_canny(each.cpu().float().numpy(), low_threshold, high_threshold) for each in not_empty(image)[..., :3]]
     return torch.from_numpy(np.stack(edges)).float()[..., None].expand(-1, -1, -1, 3) / 255
 
 
@@ -66,7 +65,7 @@ def annotated(image: Tensor, annotator: str, resolution: int, /, **options: Any)
     if own is not None and own.range is not None:
         options.setdefault("resolution", min(resolution, int(own.range.high)))
     made = []
-    for index, each in enumerate(image[..., :3]):
+    for index, each in enumerate(not_empty(image)[..., :3]):
         picture = to_picture(each)
         factor = resolution / min(picture.size)
         scaled = pictures.resize(picture, (round(picture.width * factor), round(picture.height * factor)))
@@ -229,8 +228,8 @@ def InpaintPreprocessor(
     *, image: ImageT, mask: MaskT, black_pixel_for_xinsir_cn: Annotated[bool, Widget(optional=True)] = False
 ) -> ImageT:
     """The pictures with -1 where the mask is, as ControlNet's inpainting nets take them; for some, with black."""
-    scaled = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=image.shape[1:3], mode="bilinear")
-    return torch.where(scaled.movedim(1, -1) > 0.5, 0.0 if black_pixel_for_xinsir_cn else -1.0, image)
+    image, scaled = paired(image, resized_mask(mask, image.shape[1:3]).movedim(1, -1))
+    return torch.where(scaled > 0.5, 0.0 if black_pixel_for_xinsir_cn else -1.0, image)
 
 
 _PREPROCESSORS = {

@@ -352,9 +352,10 @@ def _stamp(ipadapter_file: str | None) -> str | None:
 
 def _listing(preset: str | None) -> tuple[str, ...] | None:
     """What the choice of a preset's files depends on."""
-    kinds = ("ipadapter", "clip_vision")
-    found = [folders.find(kind, name) for kind in kinds for name in folders.listed(kind)]
-    return None if preset in (None, EMBEDDED) else tuple(f"{path}:{folders.stamp(path)}" for path in found)
+    if preset in (None, EMBEDDED):
+        return None
+    found = [folders.find(kind, name) for kind in ("ipadapter", "clip_vision") for name in folders.listed(kind)]
+    return tuple(f"{path}:{folders.stamp(path)}" for path in found)
 
 
 def _chosen(kind: str, pattern: str, preset: str) -> str:

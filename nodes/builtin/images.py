@@ -21,7 +21,16 @@ from mahlstick import pictures
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders, progress
 from mahlstick.nodes.files import PngText, Prompt, check_file, chosen_file, digest, listing, new_files, texts, whole
-from mahlstick.nodes.resample import composite, from_picture, repeat_to, resample, to_picture
+from mahlstick.nodes.resample import (
+    composite,
+    from_picture,
+    not_empty,
+    paired,
+    repeat_to,
+    resample,
+    resized_mask,
+    to_picture,
+)
 from mahlstick.nodes.schema import Returned, Socket, Widget, node
 from mahlstick.nodes.values import ImageT, MaskT
 
@@ -85,7 +94,7 @@ def _save_pngs(
 
 def _save_animation(images: Tensor, prefix: str, suffix: str, prompt: Prompt, **options: Any) -> dict[str, Any]:
     (path,) = new_files(folders.current().output, prefix, suffix, size_wh=_size_wh(images), prompt=prompt)
-    first, *others = [to_picture(image) for image in images]
+    first, *others = [to_picture(image) for image in not_empty(images)]
     with whole(path) as unfinished:
         first.save(unfinished, save_all=True, append_images=others, **options)
     return {"images": [listing(path, "output")], "animated": (len(images) > 1,)}
@@ -149,7 +158,9 @@ def LoadImage(*, image: InputPicture) -> tuple[ImageT, MaskT]:
 def LoadImageMask(*, image: InputPicture, channel: Literal["alpha", "red", "green", "blue"]) -> MaskT:
     """One channel of a picture as a mask; of alpha, 1 where the picture is transparent."""
     pixels, mask = _load(image)
-    return mask if channel == "alpha" else pixels[..., ("red", "green", "blue").index(channel)]
+    if channel != "alpha":
+        return pixels[..., ("red", "green", "blue").index(channel)]
+    return mask if mask.shape == pixels.shape[:3] else pixels.new_zeros(pixels.shape[:3])
 
 
 @node("image", display_name="Load Image (from Outputs)", **_FROM_FILE)
@@ -333,12 +344,8 @@ def ImageCompositeMasked(
     below = destination.movedim(-1, 1)
     if resize_source:
         above = F.interpolate(above, size=below.shape[-2:], mode="bilinear")
-    weight = None if mask is None else F.interpolate(_as_grid(mask), size=above.shape[-2:], mode="bilinear")
+    weight = None if mask is None else resized_mask(mask, above.shape[-2:])
     return composite(below, above, x, y, weight).movedim(1, -1)
-
-
-def _as_grid(mask: Tensor) -> Tensor:
-    return mask.reshape(-1, 1, *mask.shape[-2:])
 
 
 def _with_channels(image: Tensor, channels: int) -> Tensor:
@@ -381,6 +388,8 @@ def RepeatImageBatch(*, image: ImageT, amount: Annotated[int, Widget(min=1, max=
 @node("image/batch", display_name="Rebatch Images", takes_lists=True, lists=(True,))
 def RebatchImages(*, images: ImageList, batch_size: Annotated[list[int], Widget(min=1, max=4096)]) -> ImageList:
     """Batches of another size, from all the pictures of a list."""
+    if len({batch.shape[1:] for batch in images}) > 1:
+        raise MahlstickError("images have several sizes, and a batch has one; scale them to the same size first.")
     every = [each for batch in images for each in batch.split(1)]
     return [torch.cat(every[first : first + batch_size[0]]) for first in range(0, len(every), batch_size[0])]
 
@@ -421,13 +430,14 @@ def ImageBlend(
     blend_factor: Annotated[float, Widget(min=0.0, max=1.0, step=0.01)] = 0.5,
     blend_mode: Literal["normal", "multiply", "screen", "overlay", "soft_light", "difference"],
 ) -> ImageT:
-    """Mixes the first pictures with what a blend mode makes of both; the second are scaled to the first."""
+    """Mixes the first pictures with what a blend mode makes of both; the second are scaled to the first. The
+    transparency is that of the first."""
     above = _with_channels(image2, image1.shape[-1])
     if image1.shape[1:3] != above.shape[1:3]:
         above = _scaled(above, *_size_wh(image1), "bicubic", "center")
-    blended = _BLENDS[blend_mode](image1, above)
-    mixed = (image1 * (1 - blend_factor) + blended * blend_factor).clamp(0, 1)
-    return torch.cat([mixed[..., :3], image1[..., 3:].expand(*mixed.shape[:-1], -1)], dim=-1)
+    below, above = paired(image1, above)
+    mixed = (below * (1 - blend_factor) + _BLENDS[blend_mode](below, above) * blend_factor).clamp(0, 1)
+    return torch.cat([mixed[..., :3], below[..., 3:]], dim=-1)
 
 
 def _overlay(below: Tensor, above: Tensor) -> Tensor:
@@ -502,7 +512,9 @@ def ImageQuantize(
     dither: Literal["none", "floyd-steinberg", "bayer-2", "bayer-4", "bayer-8", "bayer-16"],
 ) -> ImageT:
     """Pictures of few colours, each with a palette of its own."""
-    quantized = torch.stack([from_picture(_quantized(to_picture(each[..., :3]), colors, dither)) for each in image])
+    quantized = torch.stack(
+        [from_picture(_quantized(to_picture(each), colors, dither)) for each in not_empty(image)[..., :3]]
+    )
     return torch.cat([quantized, image[..., 3:]], dim=-1)
 
 

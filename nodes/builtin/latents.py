@@ -20,7 +20,7 @@ from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders, progress
 from mahlstick.nodes.builtin.images import MAX_SIDE, TURNS, Crop, Mirror, Rotation
 from mahlstick.nodes.files import PngText, Prompt, check_file, chosen_file, digest, listing, new_files, texts, whole
-from mahlstick.nodes.resample import composite, ramp, repeat_to, resample
+from mahlstick.nodes.resample import composite, not_empty, paired, ramp, repeat_to, resample, resized_mask
 from mahlstick.nodes.schema import Returned, Socket, Widget, node
 from mahlstick.nodes.values import ConditioningT, ImageT, LatentT, MaskT, Vae, VaeT
 
@@ -152,6 +152,11 @@ def _encoded(vae: Vae, grid: Tensor) -> Tensor:
 def _decoded(vae: Vae, latents: Tensor) -> Tensor:
     """``(batch, 3, height, width)`` about [-1, 1]."""
     autoencoder = vae.autoencoder
+    channels = autoencoder.config.latent_channels
+    if latents.shape[1] != channels:
+        raise MahlstickError(
+            f"samples have {latents.shape[1]} channels and the VAE takes {channels}; choose another VAE."
+        )
     with torch.no_grad():
         return autoencoder.decode(latents.to(autoencoder.device, autoencoder.dtype)).sample.float().cpu()
 
@@ -163,7 +168,7 @@ def _as_image(decoded: Tensor) -> Tensor:
 def _each(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """One after the other, so that a batch needs no more memory than one."""
     done = []
-    for index, item in enumerate(batch.split(1)):
+    for index, item in enumerate(not_empty(batch).split(1)):
         done.append(function(item))
         progress.report(index + 1, len(batch))
     return torch.cat(done)
@@ -182,11 +187,11 @@ def _fitting(vae: Vae, pixels: Tensor) -> Tensor:
 
 def _cropped(vae: Vae, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The part of the pictures that fits, and of the mask, scaled to the pictures first: ``(batch, 1 or 3, h, w)``."""
-    scaled = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=pixels.shape[1:3], mode="bilinear")
-    return _fitting(vae, pixels), _fitting(vae, scaled.movedim(1, -1))
+    return _fitting(vae, pixels), _fitting(vae, resized_mask(mask, pixels.shape[1:3]).movedim(1, -1))
 
 
 def _greyed(grid: Tensor, mask: Tensor) -> Tensor:
+    grid, mask = paired(grid, mask)
     return (grid - 0.5) * (1 - mask.round()) + 0.5
 
 
@@ -205,7 +210,9 @@ def _tiled(function: Callable[[Tensor], Tensor], batch: Tensor, tile: int, share
         return made
 
     fade = round(shared * ratio)
-    tiled = [[_put_together(counted, item, tiles, fade, ratio) for tiles in tilings] for item in batch.split(1)]
+    tiled = [
+        [_put_together(counted, item, tiles, fade, ratio) for tiles in tilings] for item in not_empty(batch).split(1)
+    ]
     return torch.cat([torch.stack(each).mean(dim=0) for each in tiled])
 
 
@@ -309,7 +316,7 @@ def LatentComposite(
     *, samples_to: LatentT, samples_from: LatentT, x: Position = 0, y: Position = 0, feather: Position = 0
 ) -> LatentT:
     """Lays latents on others at (x, y); at edges inside the others they fade over ``feather``, all in pixels."""
-    below, above = samples_to["samples"], samples_from["samples"]
+    below, above = samples_to["samples"], _alike(samples_from["samples"], samples_to["samples"])
     left, top, fade = x // _FACTOR, y // _FACTOR, feather // _FACTOR
     rows, columns = (
         min(length, side - place)
@@ -332,12 +339,10 @@ def LatentCompositeMasked(
     mask: MaskT | None = None,
 ) -> LatentT:
     """Lays the source on the destination at (x, y), in pixels, where the mask says so; it is scaled to the source."""
-    below, above = destination["samples"], source["samples"]
+    below, above = destination["samples"], _alike(source["samples"], destination["samples"])
     if resize_source:
         above = F.interpolate(above, size=below.shape[-2:], mode="bilinear")
-    weight = None
-    if mask is not None:
-        weight = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=above.shape[-2:], mode="bilinear")
+    weight = None if mask is None else resized_mask(mask, above.shape[-2:])
     return destination | {"samples": composite(below, above, x // _FACTOR, y // _FACTOR, weight)}
 
 
@@ -352,10 +357,9 @@ def LatentBlend(
     blend_factor: Annotated[float, Widget(min=0, max=1, step=0.01)] = 0.5,
 ) -> LatentT:
     """Mixes latents: at 1 the first, at 0 the second, which are scaled to the first."""
-    below, above = samples1["samples"], samples2["samples"]
-    if below.shape != above.shape:
-        above = resample(above, below.shape[-1], below.shape[-2], "bicubic", "center")
-    return samples1 | {"samples": below * blend_factor + above * (1 - blend_factor)}
+    first = samples1["samples"]
+    first, second = paired(first, _sized(samples2["samples"], first, "bicubic"))
+    return samples1 | {"samples": first * blend_factor + second * (1 - blend_factor)}
 
 
 @node("latent/advanced")
@@ -389,11 +393,24 @@ def LatentInterpolate(
     return samples1 | {"samples": F.normalize(direction, dim=1) * lengths}
 
 
-def _matched(latent: dict[str, Any], model: dict[str, Any]) -> Tensor:
-    samples, wanted = latent["samples"], model["samples"]
-    if samples.shape[1:] != wanted.shape[1:]:
-        samples = resample(samples, wanted.shape[-1], wanted.shape[-2], "bilinear", "center")
-    return repeat_to(samples, len(wanted))
+def _matched(latent: dict[str, Any], wanted: dict[str, Any]) -> Tensor:
+    return repeat_to(_sized(latent["samples"], wanted["samples"]), len(wanted["samples"]))
+
+
+def _sized(samples: Tensor, wanted: Tensor, method: str = "bilinear") -> Tensor:
+    """The samples scaled and cropped to the height and width of those that are wanted."""
+    if _alike(samples, wanted).shape[2:] == wanted.shape[2:]:
+        return samples
+    return resample(samples, wanted.shape[-1], wanted.shape[-2], method, "center")
+
+
+def _alike(samples: Tensor, wanted: Tensor) -> Tensor:
+    """The samples, which have the channels of those that are wanted."""
+    if samples.shape[1] != wanted.shape[1]:
+        raise MahlstickError(
+            f"latents of {samples.shape[1]} and of {wanted.shape[1]} channels do not mix; encode both by the same VAE."
+        )
+    return samples
 
 
 def _changed(latent: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -437,10 +454,9 @@ def RepeatLatentBatch(*, samples: LatentT, amount: Annotated[int, Widget(min=1, 
 @node("latent/batch", display_name="Latent Batch")
 def LatentBatch(*, samples1: LatentT, samples2: LatentT) -> LatentT:
     """Both as one batch; the second are scaled and cropped to the size of the first."""
-    first, second = samples1["samples"], samples2["samples"]
-    if first.shape[1:] != second.shape[1:]:
-        second = resample(second, first.shape[-1], first.shape[-2], "bilinear", "center")
-    return samples1 | {"samples": torch.cat([first, second]), "batch_index": _indices(samples1) + _indices(samples2)}
+    first = samples1["samples"]
+    joined = torch.cat([first, _sized(samples2["samples"], first)])
+    return samples1 | {"samples": joined, "batch_index": _indices(samples1) + _indices(samples2)}
 
 
 @node("latent/advanced")
@@ -466,10 +482,9 @@ def _items(latents: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Each latent as a list of its items, each with a mask and an index."""
     before = 0
     for latent in latents:
-        samples = latent["samples"]
+        samples = not_empty(latent["samples"])
         count, size = len(samples), [side * _FACTOR for side in samples.shape[-2:]]
-        mask = latent.get("noise_mask", torch.ones(1, 1, 1, 1))
-        mask = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="bilinear")
+        mask = resized_mask(latent.get("noise_mask", torch.ones(1, 1, 1, 1)), size)
         indices = latent.get("batch_index", range(before, before + count))
         masks = repeat_to(mask, count).split(1)
         keys = ("samples", "noise_mask", "batch_index")

@@ -167,7 +167,7 @@ def _diffusers(kind: str, path: Path, stamp: str) -> Any:
             model = model_class.from_single_file(str(path), config=_config_beside(path), **options)
     except Exception as error:  # diffusers, the hub's client and safetensors each have their own
         raise MahlstickError(
-            f"{path}: cannot be loaded as {kind} ({_first_line(error)}); give a folder in diffusers' layout, or a file "
+            f"{path}: cannot be loaded as {kind} ({first_line(error)}); give a folder in diffusers' layout, or a file "
             "with such a folder of the same name beside it."
         ) from error
     return model.to(device).eval()
@@ -194,7 +194,7 @@ def _text_encoder(path: Path, stamp: str, device: str) -> tuple[Any, Any]:
         encoder = _text_encoder_in(path) if tensors is None else _text_encoder_of(tensors, tokenizer, path)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise MahlstickError(
-            f"{path}: no text encoder could be loaded ({_first_line(error)}); give a folder that holds a CLIP text "
+            f"{path}: no text encoder could be loaded ({first_line(error)}); give a folder that holds a CLIP text "
             "model of transformers with its tokenizer, or a file with the tokenizer in a folder of its name beside it."
         ) from error
     return tokenizer, encoder.to(device, choose_dtype(None, device)).eval()
@@ -292,5 +292,6 @@ def _filled(model: Any, tensors: Mapping[str, Tensor], path: Path) -> Any:
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

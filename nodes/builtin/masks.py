@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes.builtin.images import MAX_SIDE, ShownSide, Side, preview
 from mahlstick.nodes.files import PngText, Prompt
-from mahlstick.nodes.resample import overlap, ramp
+from mahlstick.nodes.resample import overlap, paired, ramp
 from mahlstick.nodes.schema import Returned, Widget, node
 from mahlstick.nodes.values import ImageT, MaskT
 
@@ -20,7 +20,7 @@ from mahlstick.nodes.values import ImageT, MaskT
 @node("image/mask", display_name="Convert Mask to Image")
 def MaskToImage(*, mask: MaskT) -> ImageT:
     """Grey pictures, white where the mask is 1."""
-    return _batch(mask)[..., None].expand(-1, -1, -1, 3)
+    return _grey(mask)
 
 
 @node("image/mask", display_name="Convert Image to Mask")
@@ -73,7 +73,8 @@ def MaskComposite(
     operation: Literal["multiply", "add", "subtract", "and", "or", "xor"],
 ) -> MaskT:
     """Combines the source, laid at (x, y), with the destination there. ``and``, ``or`` and ``xor`` round first."""
-    below, above = _batch(destination).clone(), _batch(source)
+    below, above = paired(_batch(destination), _batch(source))
+    below = below.clone()
     here, there = overlap(below, above, x, y)
     below[here] = _OPERATIONS[operation](below[here], above[there]).to(below)
     return below.clamp(0, 1)
@@ -126,7 +127,11 @@ def ThresholdMask(*, mask: MaskT, value: Annotated[float, Widget(min=0.0, max=1.
 @node("image/mask", display_name="Preview Mask", is_output=True, outputs=("mask",))
 def MaskPreview(*, mask: MaskT, prompt: Prompt = None, extra_pnginfo: PngText = None) -> MaskT | Returned:
     """Shows the mask as grey pictures; they are kept in the temporary folder."""
-    return Returned((mask,), ui=preview(_batch(mask)[..., None].expand(-1, -1, -1, 3), prompt, extra_pnginfo))
+    return Returned((mask,), ui=preview(_grey(mask), prompt, extra_pnginfo))
+
+
+def _grey(mask: Tensor) -> Tensor:
+    return _batch(mask)[..., None].expand(-1, -1, -1, 3)
 
 
 def _batch(mask: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Motion modules, under the names and inputs of AnimateDiff-Evolved's nodes.
 
 A module becomes a unit of the model (`mahlstick.pipelines.units.Motion`): a batch that is sampled with it is one clip.
-Of what those nodes offer, the suite has windows over long clips, motion LoRA, a strength that may be a mask, and a
-part of the run in which a module acts. Whatever else is connected is refused, not passed over.
+Of what those nodes offer, the suite has windows over long clips, motion LoRA, a strength that may be a mask, a part of
+the run in which a module acts, and noise that frames share. Whatever else is connected is refused, not passed over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -23,6 +24,7 @@ from mahlstick.nodes import folders
 from mahlstick.nodes.schema import Socket, Widget, node
 from mahlstick.nodes.values import MaskT, ModelT
 from mahlstick.pipelines.load import adapter_path, embedded_adapters
+from mahlstick.pipelines.noise import free_noise
 from mahlstick.pipelines.units import Motion
 
 _EMBEDDED = "embedded:"
@@ -48,7 +50,7 @@ _FUSIONS = (
     "🔬gauss-sigma", "🔬gauss-sigma inverse", "🔬random",
 )  # fmt: skip
 _FUSIONS_OF_STATIC = ("pyramid", "relative", *_FUSIONS[1:])
-_STEPS = 2**53 - 1
+_MANY = 2**53 - 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class MotionModel:
     module: MotionAdapter
     schedule: str = _KEPT
     dose: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Which noise the frames of a clip begin with, and how many frames' noise is passed over before it."""
+
+    noise_type: str
+    batch_offset: int
 
 
 Loras = tuple[tuple[str, float], ...]
@@ -71,7 +81,7 @@ MultivalT = Annotated[Multival, Socket("MULTIVAL")]
 ViewT = Annotated[Any, Socket("VIEW_OPTS")]
 SettingsT = Annotated[Any, Socket("AD_SETTINGS")]
 KeyframesT = Annotated[Any, Socket("AD_KEYFRAMES")]
-SampleSettingsT = Annotated[Any, Socket("SAMPLE_SETTINGS")]
+SampleSettingsT = Annotated[SampleSettings, Socket("SAMPLE_SETTINGS")]
 PerBlockT = Annotated[Any, Socket("PER_BLOCK")]
 
 Length = Annotated[int, Widget(min=1, max=128)]
@@ -81,7 +91,7 @@ Fusion = Annotated[str, Widget(choices=_FUSIONS, optional=True)]
 StaticFusion = Annotated[str, Widget(choices=_FUSIONS_OF_STATIC, optional=True)]
 OnEqualLength = Annotated[bool, Widget(optional=True)]
 LaterStart = Annotated[float, Widget(min=0.0, max=1.0, step=0.001, optional=True)]
-GuaranteedSteps = Annotated[int, Widget(min=0, max=_STEPS, optional=True)]
+GuaranteedSteps = Annotated[int, Widget(min=0, max=_MANY, optional=True)]
 Percent = Annotated[float, Widget(min=0.0, max=1.0, step=0.001)]
 
 
@@ -122,6 +132,13 @@ def _refuse(**given: Any) -> None:
             )
 
 
+def _leave(reason: str, **is_other: bool) -> None:
+    """Raises ``MahlstickError`` where one of these widgets is not as it was."""
+    for name, changed in is_other.items():
+        if changed:
+            raise MahlstickError(f"{name}: {reason}; leave it as it was.")
+
+
 def _loaded(name: str) -> MotionModel:
     """AnimateDiff's own files were trained with its noise schedule, all others with that of their base."""
     path = _module_path(name)
@@ -142,15 +159,19 @@ def _dosed(
 
 
 def _scale(multival: Multival | None) -> dict[str, Any]:
-    """A number, or a mask ``(n, H, W)`` of numbers: the greatest of them as scale, and a mask in [0, 1]."""
+    """A number, or a mask ``([n,] H, W)`` of numbers: the greatest of them as scale, and a mask in [0, 1]."""
     if not isinstance(multival, Tensor):
         return {"scale": 1.0 if multival is None else multival}
     greatest = float(multival.max())
-    return {"scale": greatest, "mask": (multival / greatest)[:, None] if greatest else None}
+    return {"scale": greatest, "mask": multival / greatest if greatest else None}
 
 
 def _animated(
-    model: ModelT, motion_models: tuple[MotionModel, ...], beta_schedule: str, context: Context | None
+    model: ModelT,
+    motion_models: tuple[MotionModel, ...],
+    beta_schedule: str,
+    context: Context | None,
+    sample_settings: SampleSettings | None,
 ) -> ModelT:
     windows: dict[str, Any] = {}
     if context is not None:
@@ -160,7 +181,22 @@ def _animated(
         beta_schedule = motion_models[0].schedule if motion_models else _KEPT
     if beta_schedule != _KEPT:
         model = replace(model, sigmas=_sigmas(beta_schedule).to(model.sigmas))
+    if sample_settings is not None:
+        model = replace(model, noise_order=partial(_noise_order, sample_settings, context))
     return model.with_units(*(Motion(each.module, **each.dose, **windows) for each in motion_models))
+
+
+def _noise_order(settings: SampleSettings, context: Context | None, frames: int, seed: int) -> list[int]:
+    """The number of the noise that each frame begins with; without windows only "constant" differs from "default"."""
+    order = torch.arange(frames)
+    if settings.noise_type == "constant":
+        order = torch.zeros_like(order)
+    elif settings.noise_type == "repeated_context" and context is not None:
+        order %= context.length
+    elif settings.noise_type == "FreeNoise" and context is not None:
+        stride = context.length - context.overlap
+        order = free_noise(order[: context.length], frames, stride, torch.Generator().manual_seed(seed))
+    return (order + settings.batch_offset).tolist()
 
 
 def _sigmas(name: str) -> Tensor:
@@ -188,15 +224,12 @@ def _context(
     _refuse(**unknown)
     if fuse_method not in get_args(Fuse):
         raise MahlstickError(f"fuse_method {fuse_method!r} is not known here; use {' or '.join(get_args(Fuse))}.")
-    for name, is_other in (
-        ("context_stride", stride != 1),
-        ("use_on_equal_length", use_on_equal_length),
-        ("start_percent", start_percent != 0.0),
-    ):
-        if is_other:
-            raise MahlstickError(
-                f"{name}: windows here hold frames side by side, all along the run; leave it as it was."
-            )
+    _leave(
+        "windows here hold frames side by side, all along the run",
+        context_stride=stride != 1,
+        use_on_equal_length=use_on_equal_length,
+        start_percent=start_percent != 0.0,
+    )
     return Context(length, overlap, schedule, cast(Fuse, fuse_method))
 
 
@@ -222,12 +255,11 @@ def ADE_AnimateDiffLoaderGen1(
     _refuse(
         ad_settings=ad_settings,
         ad_keyframes=ad_keyframes,
-        sample_settings=sample_settings,
         effect_multival=effect_multival,
         per_block=per_block,
     )
     motion_model = _dosed(_loaded(model_name), motion_lora, scale_multival)
-    return _animated(model, (motion_model,), beta_schedule, context_options)
+    return _animated(model, (motion_model,), beta_schedule, context_options, sample_settings)
 
 
 @node("animatediff", display_name="AnimateDiff Loader (legacy)", fingerprint=_stamp_of_module)
@@ -246,9 +278,9 @@ def ADE_AnimateDiffLoaderWithContext(
 ) -> ModelT:
     """As the loader of generation 1, for older workflows. Every module is normalised as its file implies, whatever
     apply_v2_models_properly says."""
-    _refuse(ad_settings=ad_settings, sample_settings=sample_settings, ad_keyframes=ad_keyframes)
+    _refuse(ad_settings=ad_settings, ad_keyframes=ad_keyframes)
     motion_model = _dosed(_loaded(model_name), motion_lora, motion_scale)
-    return _animated(model, (motion_model,), beta_schedule, context_options)
+    return _animated(model, (motion_model,), beta_schedule, context_options, sample_settings)
 
 
 # the same in parts
@@ -304,8 +336,44 @@ def ADE_UseEvolvedSampling(
     sample_settings: SampleSettingsT | None = None,
 ) -> ModelT:
     """Puts motion modules on a model: what is sampled with it, the whole batch, is one clip."""
-    _refuse(sample_settings=sample_settings)
-    return _animated(model, m_models or (), beta_schedule, context_options)
+    return _animated(model, m_models or (), beta_schedule, context_options, sample_settings)
+
+
+@node("animatediff", display_name="Sample Settings", outputs=("settings",))
+def ADE_AnimateDiffSamplingSettings(
+    *,
+    batch_offset: Annotated[int, Widget(min=0, max=4096)] = 0,  # all the noise before it is drawn as well
+    noise_type: Annotated[str, Widget(choices=("default", "constant", "empty", "repeated_context", "FreeNoise"))],
+    seed_gen: Annotated[str, Widget(choices=("comfy", "comfy [gpu]", "auto1111", "auto1111 [gpu]"))],
+    seed_offset: Annotated[int, Widget(min=-_MANY, max=_MANY)] = 0,
+    noise_layers: Annotated[Any, Socket("NOISE_LAYERS")] | None = None,
+    iteration_opts: Annotated[Any, Socket("ITERATION_OPTS")] | None = None,
+    seed_override: Annotated[int, Socket("INT")] | None = None,
+    adapt_denoise_steps: Annotated[bool, Widget(optional=True)] = False,
+    custom_cfg: Annotated[Any, Socket("CUSTOM_CFG")] | None = None,
+    sigma_schedule: Annotated[Any, Socket("SIGMA_SCHEDULE")] | None = None,
+    image_inject: Annotated[Any, Socket("IMAGE_INJECT")] | None = None,
+    ancestral_opts: Annotated[Any, Socket("ANCESTRAL_OPTS")] | None = None,
+) -> SampleSettingsT:
+    """Which noise the frames of a clip begin with: each its own, all the same (constant), in every window that of the
+    first (repeated_context), or that of the first shuffled (FreeNoise)."""
+    _refuse(
+        noise_layers=noise_layers,
+        iteration_opts=iteration_opts,
+        seed_override=seed_override,
+        custom_cfg=custom_cfg,
+        sigma_schedule=sigma_schedule,
+        image_inject=image_inject,
+        ancestral_opts=ancestral_opts,
+    )
+    _leave(
+        "noise is what the sampler draws for its seed",
+        noise_type=noise_type == "empty",
+        seed_gen=seed_gen != "comfy",
+        seed_offset=seed_offset != 0,
+        adapt_denoise_steps=adapt_denoise_steps,
+    )
+    return SampleSettings(noise_type, batch_offset)
 
 
 @node("animatediff", display_name="Load AnimateDiff LoRA", fingerprint=_stamp_of_lora)

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from mahlstick.nodes.values import LatentT, ModelT, NoiseT, Prediction, SamplerT
 _SAMPLERS, _SCHEDULERS = "sampling/custom_sampling/samplers", "sampling/custom_sampling/schedulers"
 _SIGMAS, _NOISE = "sampling/custom_sampling/sigmas", "sampling/custom_sampling/noise"
 _HIGH_AND_LOW = ("high_sigmas", "low_sigmas")
+_DISTILLED = 50  # training steps of latent consistency models
 
 StepsT = Annotated[int, Widget(min=1, max=10000)]
 DenoiseT = Annotated[float, Widget(min=0.0, max=1.0, step=0.01)]
@@ -152,7 +153,7 @@ def SamplerSASolver(
         "sa_solver",
         eta=eta,
         s_noise=s_noise,
-        window=stochastic_window(model.sigmas, sde_start_percent, sde_end_percent),
+        window=stochastic_window(model.table, sde_start_percent, sde_end_percent, model.stride),
         predictor_order=predictor_order,
         corrector_order=corrector_order,
         use_pece=use_pece,
@@ -181,7 +182,7 @@ def BasicScheduler(
     denoise: DenoiseT = 1.0,
 ) -> SigmasT:
     """A schedule by its name, for the noise of a model."""
-    return schedules.schedule(scheduler, model.sigmas, steps, denoise=denoise)[-(steps + 1) :]
+    return schedules.schedule(scheduler, model.table, steps, denoise=denoise)[-(steps + 1) :]
 
 
 @node(_SCHEDULERS)
@@ -242,7 +243,7 @@ def BetaSamplingScheduler(
     beta: Annotated[float, Widget(min=0.0, max=50.0, step=0.01)] = 0.6,
 ) -> SigmasT:
     """Steps at quantiles of a beta distribution: small alpha and beta put many at both ends."""
-    return schedules.beta(model.sigmas.cpu(), steps, alpha, beta)
+    return schedules.beta(model.table.cpu(), steps, alpha, beta)
 
 
 @node(_SCHEDULERS)
@@ -252,7 +253,7 @@ def SDTurboScheduler(
     """The ten sigmas for which SD Turbo was trained, from the highest."""
     start = 10 - int(10 * denoise)
     timesteps = torch.arange(999, 0, -100)[start : start + steps]
-    return torch.cat([schedules.sigma_at(model.sigmas.cpu(), timesteps), torch.zeros(1)])
+    return torch.cat([schedules.sigma_at(model.table.cpu(), timesteps, model.stride), torch.zeros(1)])
 
 
 @node(_SCHEDULERS)
@@ -342,8 +343,8 @@ def SamplingPercentToSigma(
 ) -> float:
     """The sigma at a fraction of a model's noise schedule."""
     if return_actual_sigma and sampling_percent in (0.0, 1.0):
-        return float(model.sigmas[-1] if sampling_percent == 0 else model.sigmas[0])
-    return schedules.percent_to_sigma(model.sigmas, sampling_percent)
+        return float(model.table[-1 if sampling_percent == 0 else 0])
+    return schedules.percent_to_sigma(model.table, sampling_percent, model.stride)
 
 
 @node(_NOISE)
@@ -364,21 +365,22 @@ def AddNoise(*, model: ModelT, noise: NoiseT, sigmas: SigmasT, latent_image: Lat
     if not len(sigmas):
         return latent_image
     z = latent_image["samples"]
-    x = (z - model.latent_shift) * model.latent_scale if z.any() else z
+    x = model.scaled(z) if z.any() else z
     sigma = (sigmas[0] - sigmas[-1]).abs() if len(sigmas) > 1 else sigmas[0]
     x = x + noise.draw(latent_image).to(x) * sigma.to(x)
-    noisy = x / model.latent_scale + model.latent_shift
-    return {**latent_image, "samples": torch.nan_to_num(noisy, nan=0.0, posinf=0.0, neginf=0.0)}
+    return {**latent_image, "samples": torch.nan_to_num(model.unscaled(x), nan=0.0, posinf=0.0, neginf=0.0)}
 
 
 @node("advanced/model")
 def ModelSamplingDiscrete(
-    *, model: ModelT, sampling: Literal["eps", "v_prediction", "x0"], zsnr: bool = False
+    *, model: ModelT, sampling: Literal["eps", "v_prediction", "lcm", "x0"], zsnr: bool = False
 ) -> ModelT:
-    """Says what a model predicts, and whether its last training step knew nothing but noise (zero terminal SNR)."""
-    predictions: dict[str, Prediction] = {"eps": "epsilon", "v_prediction": "v_prediction", "x0": "sample"}
+    """Says what a model predicts (with lcm the noise too, at 50 of the training steps), and whether its last training
+    step knew nothing but noise (zero terminal SNR)."""
+    prediction = cast(Prediction, {"eps": "epsilon", "x0": "sample"}.get(sampling, sampling))
     sigmas = schedules.zero_terminal(model.sigmas) if zsnr else model.sigmas
-    return replace(model, prediction=predictions[sampling], sigmas=sigmas)
+    stride = max(1, len(sigmas) // _DISTILLED) if sampling == "lcm" else 1
+    return replace(model, prediction=prediction, sigmas=sigmas, stride=stride)
 
 
 def _on(sampler: str, device: str, **settings: Any) -> Any:

@@ -56,7 +56,7 @@ def KSampler(
     denoise: Annotated[float, Widget(min=0.0, max=1.0, step=0.01, tooltip="How much is made anew.")] = 1.0,
 ) -> LatentT:
     """Makes latents from noise, guided towards the positive and away from the negative."""
-    sigmas = schedule(scheduler, model.sigmas, steps, denoise=denoise, sampler=sampler_name)
+    sigmas = schedule(scheduler, model.table, steps, denoise=denoise, sampler=sampler_name)
     return _sampled(
         guided(model, positive, negative, cfg), RandomNoise(seed), named(sampler_name), sigmas, latent_image
     )[0]
@@ -80,7 +80,7 @@ def KSamplerAdvanced(
     return_with_leftover_noise: Literal["disable", "enable"] = "disable",
 ) -> LatentT:
     """Takes some of the steps of a KSampler, so that several can share the way from noise to picture."""
-    sigmas = schedule(scheduler, model.sigmas, steps, sampler=sampler_name)
+    sigmas = schedule(scheduler, model.table, steps, sampler=sampler_name)
     sigmas = _between(sigmas, start_at_step, end_at_step, return_with_leftover_noise == "enable")
     noise = RandomNoise(noise_seed) if add_noise == "enable" else EmptyNoise(noise_seed)
     return _sampled(guided(model, positive, negative, cfg), noise, named(sampler_name), sigmas, latent_image)[0]
@@ -188,7 +188,10 @@ def _sampled(
     samples = _for_model(guider.model, latent)
     latent = {**latent, "samples": samples}
     latent.pop("downscale_ratio_spacial", None)
-    made, estimate = denoise(guider, noise.draw(latent), samples, sampler, sigmas, noise.seed, latent.get("noise_mask"))
+    order = guider.model.noise_order
+    placed = {} if order is None else {"batch_index": order(len(samples), noise.seed)}
+    drawn = noise.draw(placed | latent)
+    made, estimate = denoise(guider, drawn, samples, sampler, sigmas, noise.seed, latent.get("noise_mask"))
     return {**latent, "samples": made}, {**latent, "samples": estimate}
 
 

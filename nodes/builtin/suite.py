@@ -94,7 +94,7 @@ def MahlstickSparseControl(
     if control_net.takes_latents:
         if vae is None:
             raise MahlstickError("this SparseCtrl encoder takes latents: connect the VAE that makes them.")
-        pictures = (vae_encode(vae, image) - model.latent_shift) * model.latent_scale
+        pictures = model.scaled(vae_encode(vae, image))
     places = _whole_numbers(frames)
     if len(places) != len(image):
         raise MahlstickError(f"frames: {len(places)} numbers for {len(image)} pictures; give one for each.")
@@ -204,8 +204,8 @@ class FreeInitNoise:
     def draw(self, latent: dict[str, Any]) -> Tensor:
         """The noise for a LATENT."""
         signal = 1 / (1 + float(self.model.sigmas[-1]) ** 2)
-        scaled = (self.clip - self.model.latent_shift) * self.model.latent_scale
-        return noises.free_init(scaled, self.first.draw(latent), RandomNoise(self.seed).draw(latent), signal)
+        first, fresh = self.first.draw(latent), RandomNoise(self.seed).draw(latent)
+        return noises.free_init(self.model.scaled(self.clip), first, fresh, signal)
 
 
 @node("mahlstick", display_name="FreeInit")

@@ -20,6 +20,7 @@ from mahlstick.adapters.formats.checkpoint import open_checkpoint
 from mahlstick.adapters.formats.motion_lora import Change
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders
+from mahlstick.nodes.builtin.loaders import first_line
 from mahlstick.nodes.schema import Widget, node
 from mahlstick.nodes.values import Clip, ClipT, Model, ModelT
 
@@ -94,8 +95,7 @@ def _read(lora_name: str, unet: Any) -> _Lora:
             str(path), unet_config=unet.config, return_lora_metadata=True
         )
     except Exception as error:  # diffusers, safetensors and pickle each have their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MahlstickError(f"{path}: diffusers cannot read this as a LoRA ({reason[:200]}).") from error
+        raise MahlstickError(f"{path}: diffusers cannot read this as a LoRA ({first_line(error)}).") from error
     changes = {part: _changes(part, tensors, alphas or {}, metadata or {}) for part in _PARTS}
     if not any(changes.values()):
         raise MahlstickError(f"{path}: is no LoRA of a UNet or text encoder; choose another file.")

@@ -178,15 +178,20 @@ def _target_size(source: tuple[int, int], wanted: tuple[int, int], side: int) ->
 def _read_sound(path: Path, start: float = 0.0, seconds: float = 0.0) -> Audio | None:
     """The first sound of a file from ``start`` on, ``seconds`` long (0: all); None where it has none."""
     with open_container(path) as container:
-        return _decoded_sound(container, start, seconds) if container.streams.audio else None
+        try:
+            return _decoded_sound(container, start, seconds) if container.streams.audio else None
+        except av.FFmpegError as error:
+            raise MahlstickError(f"{path}: its sound is damaged ({error}); save or download it again.") from error
 
 
-def _decoded_sound(container: Any, start: float, seconds: float) -> Audio:
+def _decoded_sound(container: Any, start: float, seconds: float) -> Audio | None:
     stream = container.streams.audio[0]
     rate, channels = stream.codec_context.sample_rate, stream.codec_context.layout.nb_channels
     resampler = av.AudioResampler(format="fltp", layout="mono" if channels == 1 else "stereo", rate=rate)
     decoded = chain.from_iterable(resampler.resample(frame) for frame in container.decode(stream))
     samples = [part.to_ndarray() for part in chain(decoded, resampler.resample(None))]
+    if not samples:
+        return None
     first = round(start * rate)
     last = first + round(seconds * rate) if seconds else None
     waveform = torch.from_numpy(np.concatenate(samples, axis=1))[None, :, first:last]
@@ -405,9 +410,9 @@ def _comment(prompt: Prompt, extra: PngText) -> str | None:
     return json.dumps(told) if told else None
 
 
-def _quality(crf: float, best: int) -> int:
-    """Of `VideoWriter`, by the codec's own measure, of which ``best`` is that of no quality at all."""
-    return min(100, max(1, round((best - crf) / 0.4)))
+def _quality(crf: float, worst: int) -> int:
+    """Of `VideoWriter`, by the codec's own measure, of which ``worst`` stands for no quality at all."""
+    return min(100, max(1, round((worst - crf) / 0.4)))
 
 
 def _save_still(picture: Image.Image, path: Path, prompt: Prompt, extra: PngText) -> None:
@@ -550,11 +555,14 @@ def VHS_SplitLatents(*, latents: LatentT, split_index: Index = 0) -> tuple[Laten
 
 
 def _part(latents: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
-    """Some items of a LATENT, with what else it has for each."""
+    """Some items of a LATENT, with the tensors that it has for each and the place where each takes its noise."""
     count = len(latents["samples"])
     chosen = torch.tensor(places, dtype=torch.long)
     of_each = {name: value for name, value in latents.items() if isinstance(value, Tensor) and len(value) == count}
-    return latents | {name: value[chosen] for name, value in of_each.items()}
+    part = latents | {name: value[chosen] for name, value in of_each.items()}
+    if "batch_index" in latents:
+        part["batch_index"] = [latents["batch_index"][place] for place in places]
+    return part
 
 
 @node("video", outputs=("IMAGE", "count"))
@@ -647,8 +655,11 @@ def _places(indexes: str, count: int, strict: bool) -> list[int]:
             raise MahlstickError(
                 f"indexes {indexes!r}: {part!r} is no number or range; write e.g. 0, 2:5, -1."
             ) from error
+        if len(numbers) > 3 or 0 in numbers[2:]:
+            raise MahlstickError(f"indexes {indexes!r}: {part!r} is no range; write e.g. 2:5, or 0:5:2 with a step.")
         if len(numbers) > 1:
-            places += range(count)[numbers[0] : numbers[1]][:: numbers[2] if len(numbers) > 2 else None]
+            first, last, step = (*numbers, None)[:3]
+            places += range(count)[first:last][::step]
         elif numbers[0] is not None and -count <= numbers[0] < count:
             places.append(numbers[0] % count)
         elif strict:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
+
+from mahlstick.nodes.graph import is_link
 
 Api = dict[str, dict[str, Any]]
 
 _MOST_OUTPUTS = 1000  # of a node; more can only be a mistake
-
-
-def is_link(value: Any) -> TypeGuard[list[Any]]:
-    """Whether an input is joined to another node: ``[id, slot]``."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
 
 
 def links(api: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Any]]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders
+from mahlstick.nodes.files import check_file, chosen_file, new_files
 
 supported_pt_extensions = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
 
@@ -58,7 +59,12 @@ def get_filename_list(folder_name: str) -> list[str]:
     if folder_name in folders.KINDS:
         return folders.listed(folder_name)
     paths, endings = _added(folder_name)
-    files = [(path, Path(root) / name) for path in paths for root, _, names in os.walk(path) for name in names]
+    files = [
+        (path, Path(root) / name)
+        for path in paths
+        for root, _, names in os.walk(path, followlinks=True)
+        for name in names
+    ]
     return sorted(
         {str(file.relative_to(path)) for path, file in files if not endings or file.suffix.lower() in endings}
     )
@@ -78,14 +84,10 @@ def get_full_path_or_raise(folder_name: str, filename: str) -> str:
 
 def get_annotated_filepath(name: str) -> str:
     """The file that a workflow names, as in ``fox.png`` or ``fox.png [output]``."""
-    from mahlstick.nodes.files import chosen_file
-
     return str(chosen_file(name))
 
 
 def exists_annotated_filepath(name: str) -> bool:
-    from mahlstick.nodes.files import check_file
-
     return check_file(name) is True
 
 
@@ -93,8 +95,6 @@ def get_save_image_path(
     filename_prefix: str, output_dir: str, image_width: int = 0, image_height: int = 0
 ) -> tuple[str, str, int, str, str]:
     """Where to write the next picture: folder, name and number, the folder below ``output_dir``, and the prefix."""
-    from mahlstick.nodes.files import new_files
-
     (path,) = new_files(Path(output_dir), filename_prefix, "", size_wh=(image_width, image_height))
     path.parent.mkdir(parents=True, exist_ok=True)
     name, number = path.name.removesuffix("_").rsplit("_", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
-from mahlstick.nodes.comfy.api import is_link
+from mahlstick.nodes.graph import is_link
 from mahlstick.nodes.schema import Blocked as ExecutionBlocker
 
 __all__ = ["ExecutionBlocker", "GraphBuilder", "Node", "is_link"]

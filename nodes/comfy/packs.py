@@ -36,7 +36,7 @@ def load_pack(folder: Path) -> dict[str, NodeType]:
     try:
         with shim.installed():
             return _nodes(_executed(name, file))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         for each in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
             del sys.modules[each]
         raise MahlstickError(_said(folder, error)) from error
@@ -173,7 +173,7 @@ def _of_an_instance(source: Any, name: str) -> Callable[..., Any]:
     return function
 
 
-def _said(folder: Path, error: Exception) -> str:
+def _said(folder: Path, error: BaseException) -> str:
     """Why a pack cannot be used, and what to do."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         if error.name.partition(".")[0] in shim.COMFY:

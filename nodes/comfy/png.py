@@ -39,7 +39,7 @@ def _texts(path: Path) -> dict[str, str]:
             tags = [str(each) for each in picture.getexif().values()]
     except FileNotFoundError:
         raise MahlstickError(f"{path}: no such file; give a picture as ComfyUI or mahlstick saved it.") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MahlstickError(f"{path}: not a readable picture ({error}); give one as ComfyUI saved it.") from error
     pairs = [tag.partition(":") for tag in tags]
     return {key.lower(): text for key, _, text in pairs}

@@ -27,9 +27,9 @@ from types import TracebackType
 from typing import Any
 
 from mahlstick.errors import MahlstickError
-from mahlstick.nodes.comfy.api import Api, is_link, is_number, links, order, title
+from mahlstick.nodes.comfy.api import Api, is_number, links, order, title
 from mahlstick.nodes.comfy.ui import from_api
-from mahlstick.nodes.graph import Kinds
+from mahlstick.nodes.graph import Kinds, is_link
 from mahlstick.nodes.schema import NodeType, Recorder, recorder
 
 _WIDTH = 120
@@ -130,13 +130,15 @@ def from_python(source: str | Path) -> Api:
     """
     is_text = isinstance(source, str) and "\n" in source
     name = "<workflow>" if is_text else str(source)
+    if not is_text and not Path(source).is_file():
+        raise MahlstickError(f"{name}: no such file; give a script that builds a workflow.")
     try:
         if is_text:
             found: dict[str, Any] = {"__name__": "workflow"}
             exec(compile(str(source), name, "exec"), found)
         else:
             found = runpy.run_path(name, run_name="workflow")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MahlstickError(f"{name}{_line(error, name)}: {type(error).__name__}: {error}") from error
     workflows = [value for value in found.values() if isinstance(value, Workflow)]
     if not workflows:
@@ -175,7 +177,7 @@ def _resolved(value: Any, ids: Mapping[_Step, str]) -> Any:
     return [ids[value.step], value.slot]
 
 
-def _line(error: Exception, name: str) -> str:
+def _line(error: BaseException, name: str) -> str:
     """Where in the script it went wrong."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}"

@@ -14,10 +14,10 @@ from typing import Any
 
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes.comfy import png, saved, widgets
-from mahlstick.nodes.comfy.api import Api, is_link, is_number, links, order, title
+from mahlstick.nodes.comfy.api import Api, is_number, links, order, title
 from mahlstick.nodes.comfy.layout import arrange
 from mahlstick.nodes.comfy.scopes import OFF, PRIMITIVE, Scope, Subgraph, inputs_of
-from mahlstick.nodes.graph import Kinds, parse
+from mahlstick.nodes.graph import Kinds, is_link, parse
 from mahlstick.nodes.graph import to_api as written
 from mahlstick.nodes.schema import ANY, Input, NodeType
 

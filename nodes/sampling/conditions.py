@@ -17,6 +17,7 @@ from mahlstick.nodes.values import ControlHint, Model
 
 _FEATHER = 8  # latents over which an area fades out
 _SMALLEST = 8  # latents, along one side, of the area around a mask
+_AREA_UNIT = 8  # pixels: ComfyUI counts areas so whatever the model
 
 #: Height, width, top and left in latents.
 Area = tuple[int, int, int, int]
@@ -58,7 +59,7 @@ def resolve(
     Raises ``MahlstickError`` for a text of another width, and an area outside the picture.
     """
     resolved = {
-        name: [_condition(model, text, options, latents, mask) for text, options in entries]
+        name: [_condition(model, name, text, options, latents, mask) for text, options in entries]
         for name, entries in conditionings.items()
     }
     for name, other in permutations(resolved, 2):
@@ -71,20 +72,20 @@ def resolve(
 
 
 def _condition(
-    model: Model, text: Tensor, options: Mapping[str, Any], latents: Tensor, noise_mask: Tensor | None
+    model: Model, name: str, text: Tensor, options: Mapping[str, Any], latents: Tensor, noise_mask: Tensor | None
 ) -> Condition:
     _check_width(model, text)
     mask = _mask(options, latents)
-    area = _area(options, mask, latents)
+    area = _area(model, options, mask, latents)
     hints = options.get("control") or ()
     return Condition(
         text=text.to(latents),
         weight=_weight(options, mask, area, latents),
-        added=_sdxl_conditions(model, options, latents),
+        added=_sdxl_conditions(model, name, options, latents),
         concat=_beside_latents(model, options, latents, noise_mask),
         area=area,
-        begins=percent_to_sigma(model.sigmas, options.get("start_percent", 0.0)),
-        ends=percent_to_sigma(model.sigmas, options.get("end_percent", 1.0)),
+        begins=percent_to_sigma(model.table, options.get("start_percent", 0.0), model.stride),
+        ends=percent_to_sigma(model.table, options.get("end_percent", 1.0), model.stride),
         hints=tuple(hints),
         shared=bool(options.get("control_apply_to_uncond")),
     )
@@ -111,7 +112,7 @@ def _mask(options: Mapping[str, Any], latents: Tensor) -> Tensor | None:
     return mask
 
 
-def _area(options: Mapping[str, Any], mask: Tensor | None, latents: Tensor) -> Area | None:
+def _area(model: Model, options: Mapping[str, Any], mask: Tensor | None, latents: Tensor) -> Area | None:
     height, width = latents.shape[-2:]
     if mask is not None and options.get("set_area_to_bounds"):
         return _inside(_bounds(mask), height, width)
@@ -121,6 +122,8 @@ def _area(options: Mapping[str, Any], mask: Tensor | None, latents: Tensor) -> A
     if area[0] == "percentage":
         h, w, y, x = area[1:]
         area = (max(1, round(h * height)), max(1, round(w * width)), round(y * height), round(x * width))
+    else:
+        area = tuple(extent * _AREA_UNIT // model.factor for extent in area)
     return _inside(area, height, width)
 
 
@@ -161,23 +164,28 @@ def _feathered(weight: Tensor, area: Area, size: Sequence[int]) -> Tensor:
     return weight
 
 
-def _sdxl_conditions(model: Model, options: Mapping[str, Any], latents: Tensor) -> dict[str, Tensor]:
-    """Pooled text and sizes (Podell et al., arXiv 2307.01952, section 2.2), where the UNet takes them."""
+def _sdxl_conditions(model: Model, name: str, options: Mapping[str, Any], latents: Tensor) -> dict[str, Tensor]:
+    """Pooled text and sizes (Podell et al., arXiv 2307.01952, section 2.2), where the UNet takes them.
+
+    The refiner takes an aesthetic score in place of the target size.
+    """
     config = model.unet.config
     if config.addition_embed_type != "text_time":
         return {}
     height, width = (side * model.factor for side in latents.shape[-2:])
     height, width = options.get("height", height), options.get("width", width)
-    sizes = (
-        (height, width),
-        (options.get("crop_h", 0), options.get("crop_w", 0)),
-        (options.get("target_height", height), options.get("target_width", width)),
-    )
-    ids = torch.tensor([sizes], dtype=latents.dtype, device=latents.device).flatten(1)
+    ids = [height, width, options.get("crop_h", 0), options.get("crop_w", 0)]
+    target = [options.get("target_height", height), options.get("target_width", width)]
+    dim, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
     pooled = options.get("pooled_output")
     if pooled is None:
-        pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
-    return {"text_embeds": pooled.to(latents), "time_ids": ids}
+        pooled = torch.zeros(1, dim - each * len(ids + target))
+    is_refiner = pooled.shape[-1] + each * (len(ids) + 1) == dim
+    ids += [options.get("aesthetic_score", 2.5 if name == "negative" else 6.0)] if is_refiner else target
+    return {
+        "text_embeds": pooled.to(latents),
+        "time_ids": torch.tensor([ids], dtype=latents.dtype, device=latents.device),
+    }
 
 
 def _beside_latents(

@@ -156,5 +156,5 @@ class _Run:
     def _tell(self, estimate: Tensor) -> None:
         model = self.network.model
         step, steps = self.network.clock.position(0)
-        picture = None if model.autoencoder is None else preview(model.unscaled(estimate), model.autoencoder)
-        progress.report(step + 1, steps, picture)
+        shows = model.autoencoder is not None and progress.heard()
+        progress.report(step + 1, steps, preview(model.unscaled(estimate), model.autoencoder) if shows else None)

@@ -319,9 +319,9 @@ def er_sde(
     return x
 
 
-def stochastic_window(sigmas: Tensor, start: float = 0.2, end: float = 0.8) -> tuple[float, float]:
+def stochastic_window(sigmas: Tensor, start: float = 0.2, end: float = 0.8, stride: int = 1) -> tuple[float, float]:
     """The sigmas of a model's table between which :func:`sa_solver` adds noise, from fractions as ComfyUI's percent."""
-    return percent_to_sigma(sigmas, start), percent_to_sigma(sigmas, end)
+    return percent_to_sigma(sigmas, start, stride), percent_to_sigma(sigmas, end, stride)
 
 
 def sa_solver(

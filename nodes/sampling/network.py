@@ -11,26 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mahlstick.adapters.base import Attachment, Clock, Timestep
+from mahlstick.adapters.base import Clock, Timestep, Window
+from mahlstick.adapters.controlnet import ControlAttachment
 from mahlstick.nodes.resample import repeat_to, resample
 from mahlstick.nodes.sampling.conditions import Condition
 from mahlstick.nodes.sampling.schedules import percent_to_sigma, timestep_at
 from mahlstick.nodes.values import ControlHint, Model
 from mahlstick.pipelines.attach import clip
-from mahlstick.pipelines.units import Control
+from mahlstick.pipelines.units import as_mask
 
 _NEGLIGIBLE = 1e-37  # a weight for places that no conditioning covers, so that these get an estimate of 0
 _REPEATS = 4  # more of them, and a short text is better run by itself
+_LCM_SCALE, _LCM_DEVIATION = 10.0, 0.5  # of the time, and of the data, in the weights of consistency models
 
 
 class SamplingClock(Clock):
     """Where a sampling stands: ``sigma`` of the present call among those of the run and of the training."""
 
-    def __init__(self, trained: Tensor, sigmas: Tensor) -> None:
+    def __init__(self, model: Model, sigmas: Tensor) -> None:
         super().__init__()
-        self.trained, self.sigmas, self.sigma = trained, sigmas.cpu(), float(sigmas[0])
-        self.train_timesteps = len(trained)
-        self._logs = trained.double().log().cpu().numpy()
+        self.model, self.sigmas, self.sigma = model, sigmas.cpu(), float(sigmas[0])
+        self.train_timesteps = len(model.sigmas)
+        self._logs = model.table.cpu().double().log().numpy()
 
     def tell(self, sigma: float, parts: tuple[str, ...]) -> None:
         """The next call of the UNet is at ``sigma``, and these are the parts of its batch."""
@@ -46,10 +48,11 @@ class SamplingClock(Clock):
 
         Beside a percent of three digits it lies where ComfyUI's comparison of sigmas puts it, rounding and all.
         """
-        place = np.interp(math.log(max(self.sigma, 1e-10)), self._logs, np.arange(len(self._logs)))
-        done = 1.0 - float(place) / (len(self._logs) - 1)
+        steps = np.arange(self.model.stride - 1, self.train_timesteps, self.model.stride)
+        step = np.interp(math.log(max(self.sigma, 1e-10)), self._logs, steps)
+        done = 1.0 - float(step) / (self.train_timesteps - 1)
         near = round(done, 3)
-        there = percent_to_sigma(self.trained, near)
+        there = percent_to_sigma(self.model.table, near, self.model.stride)
         if there == self.sigma:
             return near
         return max(done, math.nextafter(near, 2)) if there > self.sigma else min(done, math.nextafter(near, -1))
@@ -58,7 +61,7 @@ class SamplingClock(Clock):
 @contextmanager
 def clipped_on(model: Model, sigmas: Tensor) -> Iterator[Network]:
     """The model's patches and units on its UNet."""
-    clock = SamplingClock(model.sigmas, sigmas)
+    clock = SamplingClock(model, sigmas)
     with ExitStack() as stack:
         for patch in model.patches:
             stack.enter_context(patch(model.unet))
@@ -69,30 +72,37 @@ def clipped_on(model: Model, sigmas: Tensor) -> Iterator[Network]:
 
 
 class _Controls:
-    """The ControlNets of conditionings, of which those of one group at a time are on the UNet."""
+    """The ControlNets of conditionings: on the UNet for the whole run, where those of one group at a time act."""
 
     def __init__(self, unet: Any, clock: Clock) -> None:
         self.unet, self.clock = unet, clock
-        self._made: dict[tuple[Any, ...], list[Attachment]] = {}
-        self._shown: tuple[Any, ...] = ()
+        self._made: dict[tuple[Any, ...], list[_Hinted]] = {}
 
     def show(self, hints: Sequence[ControlHint], height: int, width: int, batch: int) -> None:
         """Let these act, and no others, on latents of this size."""
-        shown = (_identity(hints), height, width, batch) if hints else ()
-        if shown == self._shown:
-            return
-        self.detach()
+        shown = (_identity(hints), height, width, batch)
         if shown not in self._made:
-            units = [_control(hint, height, width, batch) for hint in hints]
-            self._made[shown] = [unit.prepare(self.unet, self.clock, None) for unit in units]
-        self._shown = shown
-        for attachment in self._made[shown]:
-            attachment.fasten()
+            self._made[shown] = [_hinted(hint, self.unet, self.clock, height, width, batch) for hint in hints]
+            for attachment in self._made[shown]:
+                attachment.fasten()
+        for group, attachments in self._made.items():
+            for attachment in attachments:
+                attachment.shown = group == shown
 
     def detach(self) -> None:
-        for attachment in self._made.get(self._shown, ()):
-            attachment.detach()
-        self._shown = ()
+        for attachments in self._made.values():
+            for attachment in attachments:
+                attachment.detach()
+
+
+class _Hinted(ControlAttachment):
+    """A ControlNet that acts in those calls that it is shown in."""
+
+    shown = False
+
+    @property
+    def acts(self) -> bool:
+        return self.shown and super().acts
 
 
 def _identity(hints: Sequence[ControlHint]) -> tuple[Any, ...]:
@@ -102,13 +112,12 @@ def _identity(hints: Sequence[ControlHint]) -> tuple[Any, ...]:
     )
 
 
-def _control(hint: ControlHint, height: int, width: int, batch: int) -> Control:
+def _hinted(hint: ControlHint, unet: Any, clock: Clock, height: int, width: int, batch: int) -> _Hinted:
     factor = hint.net.hint_factor
     picture = resample(hint.image.movedim(-1, 1), width * factor, height * factor, "nearest-exact", "center")
     picture = picture if len(picture) == 1 else repeat_to(picture, batch)
-    return Control(
-        hint.net, picture, hint.strength, hint.start, hint.end, mask=hint.mask, mode=hint.mode, window="noise"
-    )
+    window = Window(hint.start, hint.end, "noise")
+    return _Hinted(hint.net, unet, picture, hint.strength, as_mask(hint.mask), hint.mode, window, clock)
 
 
 class Network:
@@ -116,7 +125,7 @@ class Network:
 
     def __init__(self, model: Model, clock: SamplingClock, controls: _Controls) -> None:
         self.model, self.clock, self.controls = model, clock, controls
-        self.sigmas = model.sigmas.to(model.unet.device)
+        self.table = model.table.to(model.unet.device)
 
     def estimates(self, x: Tensor, sigma: Tensor, conditions: Mapping[str, Sequence[Condition]]) -> dict[str, Tensor]:
         """By name the weighted mean of the estimates under its conditions; 0 where none acts."""
@@ -139,6 +148,7 @@ class Network:
         count, batch, dtype = len(conditions), len(x), self.model.unet.dtype
         part = torch.cat([condition.of(x) for condition in conditions])
         sigma = sigma.repeat(count)
+        timestep = timestep_at(self.table, sigma, self.model.stride)
         self.controls.show(conditions[0].hints, part.shape[-2], part.shape[-1], batch)
         sample = part / torch.sqrt(column(sigma) ** 2 + 1)
         beside = [condition.of(condition.concat) for condition in conditions if condition.concat is not None]
@@ -148,17 +158,24 @@ class Network:
         }
         output = self.model.unet(
             (torch.cat([sample, torch.cat(beside)], dim=1) if beside else sample).to(dtype),
-            timestep_at(self.sigmas, sigma),
+            timestep,
             encoder_hidden_states=_texts(conditions, batch).to(dtype),
             added_cond_kwargs=added or None,
         ).sample
-        return _x0(self.model.prediction, part, output.float(), column(sigma)).chunk(count)
+        return _x0(self.model.prediction, part, output.float(), column(sigma), column(timestep)).chunk(count)
 
 
-def _x0(prediction: str, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-    """The estimate of x0 in the UNet's output (Karras et al., arXiv 2206.00364, table 1)."""
+def _x0(prediction: str, x: Tensor, output: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
+    """The estimate of x0 in the UNet's output (Karras et al., arXiv 2206.00364, table 1).
+
+    ``lcm``: mixed with x so that it is x where there is no noise (Luo et al., arXiv 2310.04378).
+    """
     if prediction == "epsilon":
         return x - output * sigma
+    if prediction == "lcm":
+        scaled = timestep * (_LCM_SCALE / _LCM_DEVIATION)
+        c_skip, c_out = 1 / (scaled**2 + 1), scaled / torch.sqrt(scaled**2 + 1)
+        return c_skip * x + c_out * (x - output * sigma)
     if prediction == "v_prediction":
         return x / (sigma**2 + 1) - output * sigma / torch.sqrt(sigma**2 + 1)
     return output

@@ -65,20 +65,24 @@ def sigmas_from_config(config: Mapping[str, Any]) -> Tensor:
     )
 
 
-def sigma_at(sigmas: Tensor, timestep: Tensor) -> Tensor:
-    """The sigma of a training step of the table, interpolated in its logarithm between whole steps."""
+def sigma_at(sigmas: Tensor, timestep: Tensor, stride: int = 1) -> Tensor:
+    """The sigma of a training step, interpolated in its logarithm between those of the table.
+
+    Here and below the table may hold only every ``stride``-th training step, up to the last.
+    """
     log_sigmas = sigmas.log()
-    step = timestep.float().clamp(0, len(sigmas) - 1).to(sigmas.device)
-    low, high, part = step.floor().long(), step.ceil().long(), step.frac()
+    place = ((timestep.float() - (stride - 1)) / stride).clamp(0, len(sigmas) - 1).to(sigmas.device)
+    low, high, part = place.floor().long(), place.ceil().long(), place.frac()
     return ((1 - part) * log_sigmas[low] + part * log_sigmas[high]).exp()
 
 
-def timestep_at(sigmas: Tensor, sigma: Tensor) -> Tensor:
-    """The training step whose sigma is nearest in its logarithm, of the shape of ``sigma``."""
-    return (sigma.to(sigmas.device).log() - sigmas.log()[:, None]).abs().argmin(dim=0).view(sigma.shape)
+def timestep_at(sigmas: Tensor, sigma: Tensor, stride: int = 1) -> Tensor:
+    """The training step of the table whose sigma is nearest in its logarithm, of the shape of ``sigma``."""
+    place = (sigma.to(sigmas.device).log() - sigmas.log()[:, None]).abs().argmin(dim=0).view(sigma.shape)
+    return place * stride + stride - 1
 
 
-def percent_to_sigma(sigmas: Tensor, percent: float) -> float:
+def percent_to_sigma(sigmas: Tensor, percent: float, stride: int = 1) -> float:
     """The sigma at a fraction of the training steps, counted from the noisiest: ComfyUI's start and end percent.
 
     At 0 it is above every sigma and at 1 below, so that a window from 0 to 1 is never closed.
@@ -87,7 +91,7 @@ def percent_to_sigma(sigmas: Tensor, percent: float) -> float:
         return 999999999.9
     if percent >= 1:
         return 0.0
-    return sigma_at(sigmas, torch.tensor((1 - percent) * 999.0)).item()
+    return sigma_at(sigmas, torch.tensor((1 - percent) * (len(sigmas) * stride - 1)), stride).item()
 
 
 def schedule(name: str, sigmas: Tensor, steps: int, *, denoise: float = 1.0, sampler: str = "") -> Tensor:
@@ -149,6 +153,8 @@ def beta(sigmas: Tensor, steps: int, alpha: float = 0.6, beta: float = 0.6) -> T
     You Need"). Steps that fall together are made once."""
     from scipy import stats
 
+    if alpha <= 0 or beta <= 0:
+        raise MahlstickError(f"a beta distribution needs alpha and beta above 0; got {alpha:g} and {beta:g}.")
     quantiles = stats.beta.ppf(1 - np.linspace(0, 1, steps, endpoint=False), alpha, beta)
     timesteps = np.rint(quantiles * (len(sigmas) - 1)).astype(int)
     return _to_zero(sigmas[[step for i, step in enumerate(timesteps) if i == 0 or step != timesteps[i - 1]]])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
+
+import psutil
+import torch
+from torch import cuda
 
 import mahlstick
 from mahlstick.errors import MahlstickError
@@ -31,8 +34,6 @@ def page(nodes: int) -> str:
 
 def system() -> dict[str, Any]:
     """ComfyUI's ``/system_stats``; memory in bytes. mahlstick's version stands for ComfyUI's."""
-    import psutil
-
     memory = psutil.virtual_memory()
     return {
         "system": {
@@ -42,7 +43,7 @@ def system() -> dict[str, Any]:
             "comfyui_version": mahlstick.__version__,
             "mahlstick_version": mahlstick.__version__,
             "python_version": sys.version,
-            "pytorch_version": version("torch"),
+            "pytorch_version": torch.__version__,
             "embedded_python": False,
             "argv": sys.argv[:1],
         },
@@ -51,11 +52,10 @@ def system() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    torch = sys.modules.get("torch")  # which takes seconds to load; nodes that have a use for it have loaded it
-    return [_gpu(torch.cuda, index) for index in range(torch.cuda.device_count())] if torch else []
+    return [_gpu(index) for index in range(cuda.device_count())]
 
 
-def _gpu(cuda: Any, index: int) -> dict[str, Any]:
+def _gpu(index: int) -> dict[str, Any]:
     free, total = cuda.mem_get_info(index)
     reserved = cuda.memory_reserved(index)
     idle = reserved - cuda.memory_allocated(index)

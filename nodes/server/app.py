@@ -28,9 +28,9 @@ from starlette.websockets import WebSocket
 
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes.cache import Cache
-from mahlstick.nodes.runner import engine_of
 from mahlstick.nodes.folders import KINDS, Folders, listed
 from mahlstick.nodes.graph import InvalidGraph, parse, validate
+from mahlstick.nodes.runner import engine_of
 from mahlstick.nodes.schema import NodeType
 from mahlstick.nodes.server import about, files
 from mahlstick.nodes.server.guard import COOKIE, Guard, Limits
@@ -171,7 +171,7 @@ class _Server:
     def numbered(self, asked: Mapping[str, Any]) -> float:
         """Where the job stands in the queue: as asked, before all others, or behind them."""
         number = _given(asked, "number", float, int)
-        if number is not None and math.isfinite(number):
+        if number is not None and abs(number) < math.inf:
             return number
         self.number += 1
         return 1 - self.number if asked.get("front") else self.number - 1

@@ -6,9 +6,7 @@ import io
 import json
 import mimetypes
 import os
-import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,6 +19,7 @@ from starlette.responses import FileResponse, Response
 
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders
+from mahlstick.nodes.files import whole
 from mahlstick.pictures import MAX_PIXELS, load_picture
 
 _SHOWN = ("image/", "video/", "audio/", "text/plain", "application/json")
@@ -55,8 +54,8 @@ def view(asked: Mapping[str, str]) -> Response:
 
 
 def upload(form: Mapping[str, Any]) -> dict[str, str]:
-    """Keep a picture, by default in the input folder. A name that is taken gets a number, unless ``overwrite`` is
-    given or the file there is the same."""
+    """Keep a picture or a video, by default in the input folder. A name that is taken gets a number, unless
+    ``overwrite`` is given or the file there is the same."""
     name, content = _sent(form)
     return _kept(form, name, content)
 
@@ -120,16 +119,17 @@ def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def _sent(form: Mapping[str, Any]) -> tuple[str, bytes]:
-    """The picture's name and its file, which is one."""
+    """The file's name and content, which is what the name says, except that videos are not looked into."""
     image = form.get("image")
     if not isinstance(image, UploadFile) or not image.filename:
         raise MahlstickError("image is missing; send a picture as the form's file of that name.")
     name = image.filename
     kind = mimetypes.guess_type(name)[0] or ""
-    if not kind.startswith("image/") or kind == _SCRIPTABLE:
-        raise MahlstickError(f"{name!r} is not named as a picture; let the name end in .png, .jpg or .webp.")
+    if not kind.startswith(("image/", "video/")) or kind == _SCRIPTABLE:
+        raise MahlstickError(f"{name!r} is not named as a picture or video; let it end in .png, .jpg, .webp or .mp4.")
     content = image.file.read()
-    load_picture(content, name=repr(name))
+    if kind.startswith("image/"):
+        load_picture(content, name=repr(name))
     return name, content
 
 
@@ -150,7 +150,8 @@ def _kept(form: Mapping[str, Any], name: str, content: bytes) -> dict[str, str]:
         if form.get("overwrite") not in ("true", "1"):
             path = _free(path, content)
         if not _holds(path, content):
-            _write(path, content)
+            with whole(path) as unfinished:
+                unfinished.write_bytes(content)
     return {"name": os.path.join(os.path.dirname(name), path.name), "subfolder": subfolder, "type": kind}
 
 
@@ -165,15 +166,3 @@ def _free(wanted: Path, content: bytes) -> Path:
 
 def _holds(path: Path, content: bytes) -> bool:
     return os.path.isfile(path) and os.path.getsize(path) == len(content) and path.read_bytes() == content
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise MahlstickError(f"{path.name} cannot be kept ({error.strerror}); choose another name.") from error

@@ -6,7 +6,6 @@ import json
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from threading import Condition, Event, Lock
 from typing import Any
 
@@ -137,7 +136,7 @@ class History:
         with self._lock:
             start = max(0, offset if offset is not None else len(self._entries) - most if most is not None else 0)
             stop = None if most is None else start + max(0, most)
-            found = list(islice(self._entries.items(), start, stop))
+            found = list(self._entries.items())[start:stop]
         return _object(found)
 
     def get(self, id: str) -> bytes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from threading import Event, Thread
 from typing import Any
+
+import torch
 
 from mahlstick.nodes.engine import Engine
 from mahlstick.nodes.folders import Folders, using
@@ -60,13 +61,10 @@ class Worker(Thread):
 
     def _free(self) -> None:
         self._freeing.clear()
-        clear = getattr(self._engine.cache, "clear", None)  # a cache on disk alone has none
-        if clear is not None:
-            clear()
+        if self._engine.cache is not None:
+            self._engine.cache.free()
         gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 class Report:

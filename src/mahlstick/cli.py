@@ -571,6 +571,8 @@ def convert(
     if Path(target).suffix in (".json", ".py"):
         from mahlstick.nodes import runner
 
+        if layout not in ("diffusers", "api", "ui"):
+            raise MahlstickError(f"--layout {layout}: of a workflow it is api or ui")
         written = runner.write(source, Path(target), "ui" if layout == "ui" else "api")
         typer.echo(json.dumps({"path": str(written), "kind": "workflow"}) if json_output else written)
         return
@@ -665,17 +667,17 @@ def run(
       mahlstick run picture.png --set KSampler.seed=7 --models ComfyUI/models
     """
     from mahlstick.nodes import runner
-    from mahlstick.nodes.folders import Folders
+    from mahlstick.nodes.folders import Folders, using
 
     changes = dict(_change(text) for text in change or [])
-    where = Folders(Path(models), Path(input_folder), Path(output), Path(output) / "temp")
     _quiet_libraries()
     kept = None if fresh else runner.open_cache(cache or runner.default_cache())
-    nodes = runner.available(pack or [])
-    api = runner.load(workflow, nodes)
-    with runner.Bar(api, hidden=json_output or not sys.stderr.isatty()) as bar:
-        outcome = runner.run(api, changes, nodes=nodes, where=where, cache=kept, targets=target, listen=bar)
-    files = [str(path) for path in runner.saved(outcome, where)]
+    with using(Folders(Path(models), Path(input_folder), Path(output), Path(output) / "temp")):
+        nodes = runner.available(pack or [])
+        api = runner.load(workflow, nodes)
+        with runner.Bar(api, hidden=json_output or not sys.stderr.isatty()) as bar:
+            outcome = runner.run(api, changes, nodes=nodes, cache=kept, targets=target, listen=bar)
+        files = [str(path) for path in runner.saved(outcome)]
     if json_output:
         typer.echo(json.dumps({"files": files, "executed": outcome.executed, "cached": outcome.cached}))
         return
@@ -686,7 +688,8 @@ def run(
 
 def _change(text: str) -> tuple[str, str]:
     place, sign, value = text.partition("=")
-    if not sign or "." not in place:
+    node, _, name = place.rpartition(".")
+    if not (sign and node and name):
         raise MahlstickError(f'--set {text}: give NODE.INPUT=VALUE, e.g. --set 6.text="a blue fox"')
     return place, value
 
