@@ -41,6 +41,7 @@ GOLDEN = [
         (1.0, (0.7, 0.1, 0.6), 1),
         (1.0, None, 2),
     )
+    if "ancestral" in sampler or (denoise, window, batch) != (1.0, None, 1)  # otherwise the first of the batch of 2
 ]
 SIDE = tiny.SIZE // 8  # latents along one side
 SMALL = {
@@ -86,6 +87,8 @@ def test_latents_are_comfyuis(name: str) -> None:
         positive=positive, negative=negative, latent_image=latent,
     )  # fmt: skip
     assert relative(found["samples"], io[name]) < 1e-5
+    if "ancestral" not in name:
+        assert relative(found["samples"][:1], io[name.replace("batch=2", "batch=1")]) < 1e-5
 
 
 # Tiny models --------------------------------------------------------------------------------------------------------
@@ -637,17 +640,17 @@ def test_the_embedded_model_draws_what_diffusers_draws() -> None:
     start = prepare_noise(torch.zeros(1, 4, 16, 16), 3)
     highest = float(embedded.sigmas[-1])
     wanted = pipe(
-        prompt_embeds=positive, negative_prompt_embeds=negative, guidance_scale=5.0, num_inference_steps=4,
+        prompt_embeds=positive, negative_prompt_embeds=negative, guidance_scale=5.0, num_inference_steps=2,
         height=64, width=64, output_type="latent", latents=start * math.sqrt(1 + highest**2) / highest,
     ).images  # fmt: skip
     seen: list[Any] = []
     with progress.listening(lambda value, total, preview=None: seen.append((value, total, preview.size))):
         found = run(
-            embedded, {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}, seed=3, steps=4, cfg=5.0,
+            embedded, {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}, seed=3, steps=2, cfg=5.0,
             positive=[[positive, {}]], negative=[[negative, {}]],
         )  # fmt: skip
     assert relative(embedded.scaled(found), wanted) < 1e-4
-    assert seen == [(step, 4, (16, 16)) for step in (1, 2, 3, 4)]
+    assert seen == [(step, 2, (16, 16)) for step in (1, 2)]
 
 
 def test_the_nodes_have_comfyuis_inputs() -> None:

@@ -350,7 +350,7 @@ def picture_of(**changes: Any) -> Tensor:
     positive, negative = (CLIPTextEncode(clip=clip, text=each)[0] for each in ("a (red:1.2) circle", "blue"))
     latent = latents.EmptyLatentImage(width=64, height=64, batch_size=1)[0]
     return sampling.KSampler(
-        model=model, seed=3, steps=2, cfg=4.0, sampler_name="euler", scheduler="normal", positive=positive,
+        model=model, seed=3, steps=1, cfg=4.0, sampler_name="euler", scheduler="normal", positive=positive,
         negative=negative, latent_image=latent, denoise=1.0,
     )[0]["samples"]  # fmt: skip
 

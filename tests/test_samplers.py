@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_and_torch_s_own_state_is_left_alone(name: 
     "name", [name for name in SAMPLERS if name not in ("lcm", "dpmpp_2s_ancestral_cfg_pp") and name[-4:] != "_gpu"]
 )
 def test_samples_are_of_the_pictures_distribution(name: str) -> None:
-    steps = sigmas("exponential", 50)
+    steps = sigmas("exponential", 30)
     made = sample(name, denoiser, noisy(steps[0], 1, 1, 64, 64), steps, seed=3)
     end = float(steps[-2]) if name in CHOOSE_THEIR_STEPS else 0.0
     assert made.mean() == pytest.approx(MEAN, abs=0.03)

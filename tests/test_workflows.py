@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import mahlstick as ms
 from mahlstick import cli
 from mahlstick.assets import __path__ as assets
 from mahlstick.nodes import all_nodes, folders, runner
@@ -100,6 +101,16 @@ def test_a_lora_by_links_and_a_widget_that_the_file_leaves_out(here: Path, run: 
             pictures.append(picture.tobytes())
             assert json.loads(picture.info["prompt"])["2"]["inputs"]["lora_name"] == "far/mine.safetensors"
     assert pictures[0] != pictures[1]
+
+
+def test_a_clip_with_a_module_of_ones_own(here: Path, run: Any) -> None:
+    unet = ms.load_pipeline("embedded", device="cpu").unet
+    ms.MotionAdapter.from_unet(unet, max_frames=16).save_pretrained(here / "models" / "animatediff_models" / "mine")
+    size = ("--set", "EmptyLatentImage.width=32", "--set", "EmptyLatentImage.height=32")
+    made = run("animate", "--set", "ADE_LoadAnimateDiffModel.model_name=mine", *size)
+    (file,) = made["files"]
+    with Image.open(file) as clip:
+        assert clip.n_frames == 16 and clip.size == (32, 32)  # type: ignore[attr-defined]
 
 
 def test_a_new_process_executes_nothing(here: Path, run: Any) -> None:

@@ -45,6 +45,17 @@ Guidance = Annotated[
     float | None, typer.Option(help="How closely the prompt is followed; left out, as suits the base.")
 ]
 
+Models = Annotated[str, typer.Option(metavar="FOLDER", help="Laid out as ComfyUI's models folder.")]
+InputFolder = Annotated[str, typer.Option("--input", metavar="FOLDER", help="Pictures to load.")]
+OutputFolder = Annotated[str, typer.Option(metavar="FOLDER", help="Where pictures are saved.")]
+Packs = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FOLDER", help="A pack of ComfyUI nodes to load, which runs its code. May be repeated."),
+]
+ResultCache = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Keeps results for the next run; left out, one of your own.")
+]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -553,6 +564,7 @@ def convert(
     dtype: Dtype = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, which some files do not tell.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model that a 'difference' file was taken from.")] = None,
+    pack: Packs = None,
     overwrite: Annotated[bool, typer.Option(help="Replace TARGET where it exists.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -573,7 +585,8 @@ def convert(
 
         if layout not in ("diffusers", "api", "ui"):
             raise MahlstickError(f"--layout {layout}: of a workflow it is api or ui")
-        written = runner.write(source, Path(target), "ui" if layout == "ui" else "api")
+        nodes = runner.available(pack or [])
+        written = runner.write(source, Path(target), "ui" if layout == "ui" else "api", nodes)
         typer.echo(json.dumps({"path": str(written), "kind": "workflow"}) if json_output else written)
         return
     kind = formats.inspect(source).kind
@@ -640,19 +653,14 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="NODE.INPUT=VALUE", help="NODE is an id or a title. May be repeated."),
     ] = None,
-    models: Annotated[str, typer.Option(metavar="FOLDER", help="Laid out as ComfyUI's models folder.")] = "models",
-    input_folder: Annotated[str, typer.Option("--input", metavar="FOLDER", help="Pictures to load.")] = "input",
-    output: Annotated[str, typer.Option(metavar="FOLDER", help="Where pictures are saved.")] = "output",
-    pack: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FOLDER", help="A pack of ComfyUI nodes to load, which runs its code. May be repeated."),
-    ] = None,
+    models: Models = "models",
+    input_folder: InputFolder = "input",
+    output: OutputFolder = "output",
+    pack: Packs = None,
     target: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Run only this node and what it needs. May be repeated.")
     ] = None,
-    cache: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Keeps results for the next run; left out, one of your own.")
-    ] = None,
+    cache: ResultCache = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Keep nothing, and use nothing that was kept.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -705,16 +713,11 @@ def serve(
     token: Annotated[
         str | None, typer.Option(help="What clients must show; left out, made where others can reach HOST.")
     ] = None,
-    models: Annotated[str, typer.Option(metavar="FOLDER", help="Laid out as ComfyUI's models folder.")] = "models",
-    input_folder: Annotated[str, typer.Option("--input", metavar="FOLDER", help="Pictures to load.")] = "input",
-    output: Annotated[str, typer.Option(metavar="FOLDER", help="Where pictures are saved.")] = "output",
-    pack: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FOLDER", help="A pack of ComfyUI nodes to load, which runs its code. May be repeated."),
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Keeps results for the next run; left out, one of your own.")
-    ] = None,
+    models: Models = "models",
+    input_folder: InputFolder = "input",
+    output: OutputFolder = "output",
+    pack: Packs = None,
+    cache: ResultCache = None,
 ) -> None:
     """Serve workflows to clients of ComfyUI.
 
