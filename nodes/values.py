@@ -40,8 +40,8 @@ class Model:
 
     ``sigmas`` is the noise of each training step, rising. A distilled model knows only every ``stride``-th of them, up
     to the last. ``units`` act on the UNet while it samples, ``patches`` change it for so long. Latents ``z`` go in as
-    ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one latent, along one side. ``noise_order``: unless the
-    latents have a ``batch_index``, this makes it. ``autoencoder``: the one that belongs to it, for previews.
+    ``(z - latent_shift) * latent_scale``. ``factor``: pixels for one latent, along one side. ``noise_order``: unless
+    the latents have a ``batch_index``, this makes it. ``autoencoder``: the one that belongs to it, for previews.
     """
 
     unet: Any

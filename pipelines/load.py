@@ -276,6 +276,11 @@ class Loader:
             return load_adapter(source, dtype=dtype, base=base)
         return self._adapter(source, image_encoder, dtype, _stamp(source))
 
+    def forget(self) -> None:
+        """Let go of all of them."""
+        self._pipeline.cache_clear()
+        self._adapter.cache_clear()
+
     @staticmethod
     def _load_pipeline(source: str, device: Any, dtype: Any, config: str | None, stamp: object) -> Any:
         return load_pipeline(source, device=device, dtype=dtype, config=config)

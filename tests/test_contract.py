@@ -193,9 +193,11 @@ def test_a_thousand_random_sequences_end_bit_equal() -> None:
                 eps(unet, inputs)
             while live:
                 live.pop(draw(len(live))).detach()
-            assert fingerprint(unet) == before
+            if sequence % 10 == 0:  # what one left behind would still be there
+                assert fingerprint(unet) == before
             if sequence % 40 == 0:
                 assert torch.equal(eps(unet, inputs), plain)
+        assert fingerprint(unet) == before
         assert torch.equal(eps(unet, inputs), plain)
 
 

@@ -367,3 +367,13 @@ def test_from_the_checkpoint_to_latents(models: Path) -> None:
     for name, latent in made.items():
         assert latent.isfinite().all() and (latent - plain).abs().max() > 0.05, name
     assert torch.equal(picture_of(), plain)
+
+
+def test_models_are_kept_until_they_are_to_be_forgotten() -> None:
+    def unet() -> Any:
+        return nodes.CheckpointLoaderSimple(ckpt_name="embedded")[0].unet
+
+    kept = unet()
+    assert unet() is kept
+    nodes.forget()
+    assert unet() is not kept

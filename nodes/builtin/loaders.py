@@ -29,6 +29,13 @@ _XL_LATENT_SCALE = 0.13025
 LOADED = Loader(bases=2)
 
 
+def forget() -> None:
+    """Let go of the models that are kept for the next run."""
+    LOADED.forget()
+    for kept in (_diffusers, _text_encoder, _vision):
+        kept.cache_clear()
+
+
 def embedded_pipeline() -> Any:
     """The pipeline of the embedded model."""
     return LOADED.pipeline(EMBEDDED)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mahlstick.nodes.builtin import loaders
 from mahlstick.nodes.engine import Engine
 from mahlstick.nodes.folders import Folders, using
 from mahlstick.nodes.server.queue import History, Job, Queue
@@ -63,6 +64,7 @@ class Worker(Thread):
         self._freeing.clear()
         if self._engine.cache is not None:
             self._engine.cache.free()
+        loaders.forget()
         gc.collect()
         torch.cuda.empty_cache()
 
