@@ -231,9 +231,10 @@ def _code(node: NodeType) -> list[str]:
     """What changes when the code behind a node does: any of the package or folder that defines it, or any of ours."""
     function = unwrap(node.function)
     name = str(getattr(function, "__module__", "")).partition(".")[0]
-    package = getattr(sys.modules.get(name), "__path__", None)
+    module = sys.modules.get(name)
+    package = getattr(module, "__path__", None)
     code = getattr(function, "__code__", None)
-    if package:
+    if package and getattr(module, "__file__", None):  # without a file its path changes with the working folder
         digest = _digest(tuple(package), "**/*.py")
     else:
         digest = _digest((str(Path(code.co_filename).parent),), "*.py") if code else ""

@@ -568,7 +568,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace TARGET where it exists.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Rewrite an adapter in another layout, or a workflow in another form.
+    """Rewrite an adapter or a workflow in another form.
 
     Examples:
 
@@ -664,7 +664,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Keep nothing, and use nothing that was kept.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Run a workflow of ComfyUI.
+    """Run a ComfyUI workflow.
 
     What has not changed since the last run is not made again.
 
@@ -719,7 +719,7 @@ def serve(
     pack: Packs = None,
     cache: ResultCache = None,
 ) -> None:
-    """Serve workflows to clients of ComfyUI.
+    """Serve workflows to ComfyUI clients.
 
     Answers ComfyUI's HTTP and WebSocket protocol, so that its clients work unchanged.
 
@@ -897,6 +897,31 @@ def _evaluated(field: str, text: str | None) -> dict[str, Any]:
     whole = _picture_and_scale(text)
     spec = _net(whole["picture"]) if field == "control" else {"adapter": whole["picture"]}
     return {field: spec.pop("adapter"), f"{field}_scale": whole.get("scale"), **spec}
+
+
+@app.command("app", hidden=True)  # its canvas may still lose a drawing that was made a moment ago
+def page(
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    listen: Annotated[bool, typer.Option("--listen", help="Listen to the whole network: --host 0.0.0.0.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 7860,
+    auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="Ask for it before anything.")] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Base models and adapters to choose from, beside the embedded.")
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="The folder for the pictures.")] = "out",
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Open the page: draw, choose, paint, in a browser.
+
+    Example:
+
+      mahlstick app --models ~/models
+    """
+    from mahlstick.page.app import serve
+
+    _quiet_libraries()
+    serve("0.0.0.0" if listen else host, port, auth, models, out, device, dtype)
 
 
 def _quiet_libraries() -> None:

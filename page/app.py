@@ -1,0 +1,179 @@
+"""The page as a whole, and its server."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from pathlib import Path
+
+import gradio as gr
+
+from mahlstick.errors import MahlstickError
+from mahlstick.page.create import Create
+from mahlstick.page.history import History
+from mahlstick.page.jobs import Jobs
+from mahlstick.page.models import Models
+from mahlstick.page.texts import label, translations
+
+PORT = 7860
+FILE_LIMIT = "32mb"
+
+_STYLE = Path(__file__).with_name("style.css")
+_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+# Burnt sienna, from a wash to the bare pigment.
+_SIENNA = gr.themes.Color(
+    "#fbf4f0",
+    "#f6e6dd",
+    "#ecccba",
+    "#dfab90",
+    "#cf8562",
+    "#bb6641",
+    "#9c4f2e",
+    "#803f25",
+    "#663320",
+    "#4f291b",
+    "#331810",
+)
+_KEYS = """
+document.addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    document.activeElement?.blur();  // so that a number being typed counts
+    setTimeout(() => document.querySelector("#paint")?.click(), 50);
+  }
+});
+"""
+_THEME = "() => { document.body.classList.toggle('dark'); }"
+
+
+def build(
+    models: str | Path | None = None, out: str | Path = "out", device: str | None = None, dtype: str | None = None
+) -> gr.Blocks:
+    """The page.
+
+    Args:
+        models: a folder with base models and adapters to choose from, beside the embedded ones.
+        out: the folder for the pictures of all sessions.
+        device: left open, the best there is.
+        dtype: left open, what suits the device.
+    """
+    folder = Path(models).expanduser().resolve() if models is not None else None
+    if folder is not None and not folder.is_dir():
+        raise MahlstickError(f"--models {models}: is no folder; give one with base models and adapters")
+    jobs = Jobs(device, dtype)
+    history = History(Path(out).expanduser().resolve() / "sessions")
+    with gr.Blocks(title="mahlstick", analytics_enabled=False, fill_width=True) as page:
+        session = gr.BrowserState(None, storage_key="mahlstick-session", secret="mahlstick")
+        with gr.Row(elem_id="head"):
+            gr.Markdown("# mahlstick", elem_id="name")
+            gr.Markdown(label("tagline"), elem_id="tagline")
+            gr.Button(label("theme"), size="sm", elem_id="theme", elem_classes="quiet", scale=0, min_width=110).click(
+                None, None, None, js=_THEME
+            )
+        create = Create(Models(folder), jobs, history, session)
+        page.load(create.enter, session, create.entered, api_visibility="private", show_progress="hidden")
+        page.load(jobs.warm_up, None, None, api_visibility="private", show_progress="hidden", queue=False)
+        wanted, made = gr.JSON(visible=False), gr.File(visible=False, file_count="multiple")
+        gr.Button(visible=False).click(create.generate, wanted, made, api_name="generate", concurrency_limit=None)
+    page.jobs, page.history, page.create = jobs, history, create
+    return page
+
+
+def launch(
+    page: gr.Blocks, host: str = "127.0.0.1", port: int | None = PORT, auth: tuple[str, str] | None = None
+) -> str:
+    """Starts the page's server in a thread and returns its address. ``port`` None takes a free one."""
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        prevent_thread_lock=True,
+        quiet=True,
+        ssr_mode=False,
+        share=False,
+        show_error=True,
+        max_file_size=FILE_LIMIT,
+        allowed_paths=[str(page.history.root)],
+        footer_links=["api"],
+        i18n=translations,
+        theme=_theme(),
+        css_paths=_STYLE,
+        head=f"<script>{_KEYS}</script>",
+    )
+    return str(address)
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    auth: str | None = None,
+    models: str | None = None,
+    out: str = "out",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Serves the page until Ctrl-C. ``auth`` is ``user:password``."""
+    user, colon, password = (auth or "").partition(":")
+    if auth is not None and not (user and colon and password):
+        raise MahlstickError("--auth: give user:password")
+    page = build(models, out, device, dtype)
+    try:
+        address = launch(page, host, port, (user, password) if auth else None)
+        print(f"mahlstick: {address}", flush=True)  # noqa: T201
+        threading.Event().wait()
+    except OSError as error:
+        raise MahlstickError(f"--port {port}: is taken, or may not be opened here; give another") from error
+    finally:
+        page.jobs.close()
+        page.close(verbose=False)
+
+
+def main() -> None:
+    """``python gradio_app.py``."""
+    parser = argparse.ArgumentParser(description="The page of mahlstick; `mahlstick app` has more options.")
+    parser.add_argument("--port", type=int, default=PORT)
+    serve(port=parser.parse_args().port)
+
+
+def _theme() -> gr.themes.Base:
+    return gr.themes.Base(
+        primary_hue=_SIENNA,
+        neutral_hue=gr.themes.colors.stone,
+        radius_size=gr.themes.sizes.radius_md,
+        spacing_size=gr.themes.sizes.spacing_md,
+        font=_FONTS,
+        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_800",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_300",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        input_background_fill="white",
+        input_background_fill_dark="*neutral_950",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        button_secondary_background_fill="*neutral_100",
+        button_secondary_background_fill_hover="*neutral_200",
+        button_secondary_background_fill_dark="*neutral_800",
+        button_secondary_background_fill_hover_dark="*neutral_700",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_700",
+        input_border_width="1px",
+        input_border_width_dark="1px",
+        input_shadow="none",
+        input_shadow_dark="none",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_500",
+    )

@@ -1,0 +1,131 @@
+"""Pictures are made one request at a time, in a thread that can be watched and stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from mahlstick.errors import MahlstickError
+from mahlstick.pipelines.generate import Result, generate
+from mahlstick.pipelines.load import Loader
+from mahlstick.pipelines.preview import preview
+from mahlstick.pipelines.request import Request
+
+WAITING_LIMIT = 200  # requests
+
+Save = Callable[[Result], list[Path]]
+
+
+class Cancelled(Exception):
+    """The person does not want the picture any more."""
+
+
+class Job:
+    """A request on its way. What is public may be read from any thread, at any time."""
+
+    def __init__(self, request: Request, save: Save) -> None:
+        self.request = request
+        self.save = save
+        self.step = 0
+        self.total = 0  # over all pictures; 0 until the first step
+        self.preview: Image.Image | None = None
+        self.future: Future[list[Path]] = Future()
+        self._cancelled = threading.Event()
+        self._began = 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the steps so far; None before the second."""
+        if self.step < 2:
+            return None
+        return (time.monotonic() - self._began) / (self.step - 1) * (self.total - self.step)
+
+    def cancel(self) -> None:
+        """Stops before the next layer of whichever network is at work."""
+        self._cancelled.set()
+
+    def run(self, loader: Loader, where: dict[str, Any]) -> list[Path]:
+        """The saved pictures. Raises :class:`Cancelled`."""
+        if self._cancelled.is_set():
+            raise Cancelled
+        with _interruptible(self._cancelled):
+            result = generate(self.request, loader=loader, progress=False, callback=self._on_step, **where)
+        return self.save(result)
+
+    def _on_step(self, pipe: Any, i: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if self.step == 0:
+            self._began = time.monotonic()
+        self.total = pipe.num_timesteps * -(-self.request.images // self.request.batch)
+        self.step = min(self.step + 1, self.total)
+        config = pipe.vae.config
+        latents = state["latents"] / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        self.preview = preview(latents, pipe.vae)
+        return state
+
+
+class Jobs:
+    """The queue, and the one thread that works it off with one set of loaded models."""
+
+    def __init__(self, device: str | None = None, dtype: str | None = None) -> None:
+        self._loader = Loader()
+        self._where = {"device": device, "dtype": dtype}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mahlstick")
+        self._line: list[Job] = []
+
+    def submit(self, request: Request, save: Save) -> Job:
+        """Puts a request in the queue. Raises :class:`MahlstickError` where that is full."""
+        if len(self._line) >= WAITING_LIMIT:
+            raise MahlstickError("too many pictures are waiting; try again in a minute")
+        job = Job(request, save)
+        self._line.append(job)
+        job.future = self._thread.submit(self._work, job)
+        return job
+
+    def ahead(self, job: Job) -> int:
+        """How many are made before it."""
+        line = self._line.copy()
+        return line.index(job) if job in line else 0
+
+    def warm_up(self, base: str = "embedded") -> None:
+        """Loads a base in the worker's thread, so that the first picture comes sooner."""
+        self._thread.submit(lambda: self._loader.pipeline(base, **self._where))
+
+    def close(self) -> None:
+        """Cancels everything and ends the thread."""
+        for job in self._line.copy():
+            job.cancel()
+        self._thread.shutdown()
+
+    def _work(self, job: Job) -> list[Path]:
+        try:
+            return job.run(self._loader, self._where)
+        finally:
+            self._line.remove(job)
+
+
+@contextmanager
+def _interruptible(cancelled: threading.Event) -> Iterator[None]:
+    """Inside, every layer that this thread is about to run raises :class:`Cancelled` once the event is set.
+
+    A callback of the pipeline would come only between steps, and one step of a large model on a CPU takes a minute.
+    """
+    worker = threading.get_ident()
+
+    def check(module: torch.nn.Module, inputs: Any) -> None:
+        if cancelled.is_set() and threading.get_ident() == worker:
+            raise Cancelled
+
+    handle = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

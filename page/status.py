@@ -1,0 +1,53 @@
+"""What the page says of a job and of a fault, as HTML."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+
+import gradio as gr
+from PIL import Image
+
+from mahlstick.page.jobs import Job
+from mahlstick.page.texts import say
+
+
+def error(sentence: str) -> str:
+    """A fault beside its field."""
+    return f'<p role="alert">{html.escape(sentence)}</p>'
+
+
+def note(sentence: str) -> str:
+    """News that is neither progress nor a fault."""
+    return f'<p class="note" role="status">{html.escape(sentence)}</p>'
+
+
+def of(job: Job, ahead: int, browser: gr.Request | None) -> str:
+    """Where the job stands."""
+    if ahead:
+        return bar(say("waiting", browser, ahead=ahead))
+    if not job.total:
+        return bar(say("loading", browser))
+    if job.step == job.total:
+        return bar(say("finishing", browser), 1.0, job.preview)
+    sentence, left = say("painting", browser, step=job.step, total=job.total), job.seconds_left
+    if left is not None:
+        sentence += " · " + say("left", browser, seconds=max(1, round(left)))
+    return bar(sentence, job.step / job.total, job.preview)
+
+
+def bar(sentence: str, done: float | None = None, preview: Image.Image | None = None) -> str:
+    """A progress bar, below the picture as far as it has come."""
+    picture = f'<img src="{_png(preview)}" alt="">' if preview is not None else '<div class="blank"></div>'
+    value = "" if done is None else f' value="{done:.3f}"'
+    return (
+        f'<div class="job">{picture}<p role="status">{html.escape(sentence)}</p>'
+        f'<progress max="1"{value} aria-label="{html.escape(sentence)}"></progress></div>'
+    )
+
+
+def _png(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,358 @@
+"""The components of a control and of an image prompt, and how they become specs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from mahlstick import annotators
+from mahlstick.annotators import Option
+from mahlstick.errors import MahlstickError
+from mahlstick.page import canvas
+from mahlstick.page.models import Choice, Models
+from mahlstick.page.texts import label
+from mahlstick.pictures import load_picture
+from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, open_mask, open_picture
+
+Values = Mapping[Any, Any]  # component -> what is on the screen
+Updates = dict[Any, Any]  # component -> what is to be there
+
+SLIDERS = 3  # of an annotator's options; the most that one has
+PREVIEW_SIDE = 768  # pixels
+_HIDDEN = {"model", "mask"}  # options that are not a person's at the page: where weights come from, and the unit's mask
+
+
+def slide(value: float, low: float, high: float) -> Any:
+    """A slider's update that also reaches values which its ends do not."""
+    return gr.update(value=value, minimum=min(low, value), maximum=max(high, value))
+
+
+def error_line() -> gr.HTML:
+    """A place for a sentence next to the fields that it is about."""
+    return gr.HTML("", elem_classes="error", padding=False)
+
+
+class UnitFault(MahlstickError):
+    """What is wrong with a unit, and the line in which it is said."""
+
+    def __init__(self, sentence: str, line: gr.HTML) -> None:
+        super().__init__(sentence)
+        self.line = line
+
+
+class _Unit:
+    """What both kinds share: a group that can be shown and hidden, a dose, a mask."""
+
+    def __init__(self, number: int, name: str, adapters: list[Choice], shown: bool) -> None:
+        self.group = gr.Column(visible=shown, elem_classes="unit", elem_id=f"{name}-{number}")
+        self.shown = gr.State(shown)
+        self.name = name
+        self.number = number
+        self.adapters = adapters
+
+    def _head(self) -> None:
+        with gr.Row(elem_classes="unit-head"):
+            gr.HTML(f"<h3>{self.number + 1}</h3>", padding=False, elem_classes="unit-number")
+            self.remove = gr.Button(label("remove"), size="sm", variant="secondary", elem_classes="quiet", min_width=80)
+
+    def _dose(self) -> None:
+        self.scale = gr.Slider(0, 2, 1.0, step=0.05, label=label("scale"))
+        with gr.Row():
+            self.start = gr.Slider(0, 1, 0.0, step=0.05, label=label("start"), min_width=120)
+            self.end = gr.Slider(0, 1, 1.0, step=0.05, label=label("end"), min_width=120)
+
+    def _mask(self) -> None:
+        self.masked = gr.Checkbox(False, label=label("masked"), container=False)
+        self.mask = canvas.mask(label("mask"), visible=False, elem_id=f"{self.name}-{self.number}-mask")
+
+    def _read_dose(self, values: Values) -> dict[str, Any]:
+        return {"scale": values[self.scale], "start": values[self.start], "end": values[self.end]}
+
+    def _read_mask(self, values: Values) -> Image.Image | None:
+        return canvas.painted(values[self.mask]) if values[self.masked] else None
+
+    def _write_dose(self, spec: ControlSpec | ImagePromptSpec) -> Updates:
+        scale = spec.scale if isinstance(spec.scale, float | int) else 1.0
+        return {self.scale: slide(scale, 0, 2), self.start: spec.start, self.end: spec.end}
+
+    def _hide(self) -> Updates:
+        return {self.group: gr.update(visible=False), self.shown: False, **self._write_mask(None, None)}
+
+    def _write_mask(self, picture: Image.Image | None, mask: Image.Image | None) -> Updates:
+        below = picture if picture or not mask else Image.new("RGB", mask.size, "white")
+        shown = canvas.value(below, mask) if mask else None
+        return {self.masked: mask is not None, self.mask: gr.update(value=shown, visible=mask is not None)}
+
+
+class ControlUnit(_Unit):
+    """A picture to follow, how it becomes a control picture, and the net."""
+
+    def __init__(self, number: int, models: Models, shown: bool) -> None:
+        super().__init__(number, "control", models.nets, shown)
+        first = models.nets[0][1] if models.nets else None
+        with self.group:
+            self._head()
+            self.error = error_line()
+            self.picture = canvas.drawing(label("follow"), elem_id=f"control-{number}-picture")
+            with gr.Row():
+                self.adapter = gr.Dropdown(models.nets, value=first, label=label("net"), min_width=140)
+                self.annotator = gr.Dropdown(
+                    _annotators(), value=_suiting(first), label=label("annotator"), min_width=140
+                )
+            self._options()
+            self.seen = gr.Image(
+                label=label("seen"),
+                alt_text="what the control net sees",
+                interactive=False,
+                visible=False,
+                height=200,
+                buttons=[],
+                format="png",
+            )
+            self._dose()
+            with gr.Row():
+                self.mode = gr.Dropdown(
+                    [(label(f"{mode}_mode" if mode != "balanced" else mode), mode) for mode in _MODES],
+                    value="balanced",
+                    label=label("mode"),
+                    min_width=140,
+                )
+                self.resize = gr.Dropdown(
+                    [(label(way), way) for way in ("crop", "pad", "stretch")],
+                    value="crop",
+                    label=label("resize"),
+                    min_width=140,
+                )
+            self._mask()
+
+    def _options(self) -> None:
+        """Places for the options of whichever annotator is chosen."""
+        updates = option_updates(self.annotator.value)
+        with gr.Row():
+            self.sliders = [gr.Slider(**_initial(update), min_width=120) for update in updates[:SLIDERS]]
+        with gr.Row():
+            self.choice = gr.Dropdown(**_initial(updates[SLIDERS]), min_width=120)
+            self.switch = gr.Checkbox(**_initial(updates[SLIDERS + 1]), min_width=120)
+
+    @property
+    def options(self) -> list[Any]:
+        return [*self.sliders, self.choice, self.switch]
+
+    @property
+    def fields(self) -> list[Any]:
+        dose = [self.scale, self.start, self.end, self.mode, self.resize, self.masked, self.mask]
+        return [self.shown, self.picture, self.adapter, self.annotator, *self.options, *dose]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.group, self.seen, self.error, *self.fields]
+
+    def filled(self, values: Values) -> bool:
+        """Whether there is a picture, without which a control does nothing."""
+        return values[self.shown] and canvas.flattened(values[self.picture]) is not None
+
+    def read(self, values: Values) -> ControlSpec | None:
+        """None where there is no picture. Raises :class:`MahlstickError`."""
+        picture = canvas.flattened(values[self.picture]) if values[self.shown] else None
+        if picture is None:
+            return None
+        annotator = values[self.annotator] or None
+        options = _read_options(annotator, [values[field] for field in self.options])
+        mask = self._read_mask(values)
+        if annotator == "inpaint":
+            options, mask = ({"mask": mask} if mask else {}), None
+        return ControlSpec(
+            adapter=values[self.adapter] or "",
+            image=picture,
+            annotator=annotator,
+            options=options,
+            mode=values[self.mode],
+            resize=values[self.resize],
+            mask=mask,
+            **self._read_dose(values),
+        )
+
+    def write(self, spec: ControlSpec | None) -> Updates:
+        """Shows the spec; None hides the unit and clears it."""
+        if spec is None:
+            return {**self._hide(), self.picture: None, self.seen: gr.update(value=None, visible=False)}
+        picture = open_picture(spec.image, f"control {self.number + 1}", alpha=spec.annotator == "inpaint")
+        mask = open_mask(spec.mask, "mask") if spec.mask is not None else None
+        return {
+            self.group: gr.update(visible=True),
+            self.shown: True,
+            self.picture: canvas.value(picture),
+            self.adapter: spec.adapter,
+            self.annotator: spec.annotator or "",
+            **dict(zip(self.options, option_updates(spec.annotator, spec.options), strict=True)),
+            self.mode: spec.mode,
+            self.resize: spec.resize,
+            **self._write_dose(spec),
+            **self._write_mask(picture, mask),
+        }
+
+    def see(self, values: Values) -> Image.Image | None:
+        """What the net will see, small. Raises :class:`MahlstickError` as the annotator does."""
+        spec = self.read(values)
+        if spec is None or spec.annotator is None:
+            return None
+        small = spec.image.copy()
+        small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        return annotators.annotate(spec.annotator, small, **spec.options)
+
+
+_MODES = ("balanced", "prompt", "control", "guess")
+
+
+def _annotators() -> list[tuple[Any, str]]:
+    """Those that work at once come first."""
+    free = [name for name in annotators.names() if annotators.get(name).weights is None]
+    others = [name for name in annotators.names() if name not in free]
+    return [(label("no_annotator"), ""), *((name, name) for name in free), *((f"{name} ↓", name) for name in others)]
+
+
+def _suiting(net: str | None) -> str:
+    """The annotator of the same name as the net, where there is one."""
+    return net if net in annotators.names() else ""
+
+
+def _shown_options(annotator: str | None) -> tuple[list[Option], Option | None, Option | None]:
+    """Those for sliders, for the dropdown and for the checkbox."""
+    options = annotators.get(annotator).options.values() if annotator else ()
+    shown = [option for option in options if option.name not in _HIDDEN]
+    numbers = [option for option in shown if option.range is not None]
+    choices = [option for option in shown if option.choices]
+    switches = [option for option in shown if option.type is bool]
+    return numbers, next(iter(choices), None), next(iter(switches), None)
+
+
+def option_updates(annotator: str | None, given: Mapping[str, Any] | None = None) -> list[Any]:
+    """Updates for a unit's ``options``: the annotator's, with their defaults where not given, and the rest hidden."""
+    numbers, choice, switch = _shown_options(annotator)
+
+    def value(option: Option) -> Any:
+        return (given or {}).get(option.name, option.default)
+
+    updates: list[Any] = [gr.update(visible=False)] * (SLIDERS + 2)
+    for i, option in enumerate(numbers):
+        assert option.range is not None
+        updates[i] = gr.update(
+            visible=True,
+            label=option.name,
+            minimum=option.range.low,
+            maximum=option.range.high,
+            step=1 if option.type is int else 0.01,
+            value=value(option),
+        )
+    if choice is not None:
+        updates[SLIDERS] = gr.update(visible=True, label=choice.name, choices=list(choice.choices), value=value(choice))
+    if switch is not None:
+        updates[SLIDERS + 1] = gr.update(visible=True, label=switch.name, value=value(switch))
+    return updates
+
+
+def _initial(update: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in update.items() if name != "__type__"}
+
+
+def _read_options(annotator: str | None, values: list[Any]) -> dict[str, Any]:
+    """Those that differ from the annotator's defaults."""
+    numbers, choice, switch = _shown_options(annotator)
+    places: list[Option | None] = [*numbers, *[None] * (SLIDERS - len(numbers)), choice, switch]
+    given = {option.name: value for option, value in zip(places, values, strict=True) if option is not None}
+    defaults = annotators.get(annotator).options if annotator else {}
+    return {name: value for name, value in given.items() if value is not None and value != defaults[name].default}
+
+
+class ImagePromptUnit(_Unit):
+    """Reference pictures, and how much of them is taken."""
+
+    def __init__(self, number: int, models: Models, shown: bool) -> None:
+        super().__init__(number, "image-prompt", models.image_prompts, shown)
+        with self.group:
+            self._head()
+            self.error = error_line()
+            self.pictures = gr.Gallery(
+                label=label("references"),
+                type="filepath",
+                format="png",
+                columns=4,
+                height=180,
+                interactive=True,
+                object_fit="contain",
+                buttons=[],
+                elem_id=f"image-prompt-{number}-pictures",
+            )
+            first = models.image_prompts[0][1] if models.image_prompts else None
+            with gr.Row():
+                self.adapter = gr.Dropdown(models.image_prompts, value=first, label=label("adapter"), min_width=140)
+                self.blocks = gr.Dropdown(
+                    [(label(part), part) for part in ("all", "style", "layout")],
+                    value="all",
+                    label=label("blocks"),
+                    min_width=140,
+                )
+            self._dose()
+            self.negative = gr.Image(
+                label=label("unlike"),
+                type="filepath",
+                format="png",
+                sources=["upload", "clipboard"],
+                height=140,
+                buttons=[],
+            )
+            self._mask()
+
+    @property
+    def fields(self) -> list[Any]:
+        dose = [self.scale, self.start, self.end, self.masked, self.mask]
+        return [self.shown, self.pictures, self.adapter, self.blocks, self.negative, *dose]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.group, self.error, *self.fields]
+
+    def filled(self, values: Values) -> bool:
+        """Whether there is a picture, without which an image prompt does nothing."""
+        return bool(values[self.shown] and values[self.pictures])
+
+    def read(self, values: Values) -> ImagePromptSpec | None:
+        """None where there is no picture. Raises :class:`MahlstickError` where a file is none."""
+        if not self.filled(values):
+            return None
+        return ImagePromptSpec(
+            adapter=values[self.adapter] or "",
+            images=[_uploaded(path) for path, _ in values[self.pictures]],
+            blocks=values[self.blocks],
+            negative=_uploaded(values[self.negative]) if values[self.negative] else None,
+            mask=self._read_mask(values),
+            **self._read_dose(values),
+        )
+
+    def write(self, spec: ImagePromptSpec | None) -> Updates:
+        """Shows the spec; None hides the unit and clears it."""
+        if spec is None:
+            return {**self._hide(), self.pictures: None, self.negative: None}
+        mask = open_mask(spec.mask, "mask") if spec.mask is not None else None
+        return {
+            self.group: gr.update(visible=True),
+            self.shown: True,
+            self.pictures: [open_picture(picture, "reference") for picture in spec.images],
+            self.adapter: spec.adapter,
+            self.blocks: spec.blocks if isinstance(spec.blocks, str) else "all",
+            self.negative: open_picture(spec.negative, "negative") if spec.negative is not None else None,
+            **self._write_dose(spec),
+            **self._write_mask(None, mask),
+        }
+
+
+def _uploaded(path: str) -> Image.Image:
+    """A picture that the browser sent. What the server calls the file is no news to a person."""
+    try:
+        return load_picture(path)
+    except MahlstickError as error:
+        raise MahlstickError(f"{Path(path).name} is no picture; give a PNG, JPEG or WebP") from error
