@@ -11,7 +11,7 @@ from PIL import Image
 from mahlstick.page import app
 from mahlstick.pipelines.recipe import read_recipe
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright (the extra dev)")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: no chromium on PATH")
 
