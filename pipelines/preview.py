@@ -42,10 +42,10 @@ def fit(autoencoder: Any) -> Tensor:
     picture = F.interpolate(coarse * 2 - 0.5, size=(SIDE * factor, SIDE * factor), mode="bicubic").clamp(0, 1)
     kept = autoencoder.dtype
     try:
-        autoencoder.to(torch.float32)  # in halves SDXL's overflows
+        torch.nn.Module.to(autoencoder, torch.float32)  # in halves SDXL's overflows; diffusers' own `to` warns
         latents = autoencoder.encode((picture * 2 - 1).to(autoencoder.device)).latent_dist.mode()[0].flatten(1).T.cpu()
     finally:
-        autoencoder.to(kept)
+        torch.nn.Module.to(autoencoder, kept)
     wanted = F.interpolate(picture, size=(SIDE, SIDE), mode="area")[0].flatten(1).T
     known = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
     return cast(Tensor, torch.linalg.lstsq(known, wanted).solution)
