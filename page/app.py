@@ -70,7 +70,10 @@ def build(
             gr.Button(label("theme"), size="sm", elem_id="theme", elem_classes="quiet", scale=0, min_width=110).click(
                 None, None, None, js=_THEME
             )
-        create = Create(Models(folder), jobs, history, session)
+        offered = Models(folder)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab(label("create"), id="create"):
+                create = Create(offered, jobs, history, session)
         page.load(create.enter, session, create.entered, api_visibility="private", show_progress="hidden")
         page.load(jobs.warm_up, None, None, api_visibility="private", show_progress="hidden", queue=False)
         wanted, made = gr.JSON(visible=False), gr.File(visible=False, file_count="multiple")

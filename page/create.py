@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import secrets
@@ -16,7 +15,7 @@ from PIL import Image
 from mahlstick.errors import MahlstickError
 from mahlstick.page import canvas, scripts, status
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Cancelled, Job, Jobs
+from mahlstick.page.jobs import Cancelled, Jobs, pictures
 from mahlstick.page.models import Models
 from mahlstick.page.texts import label, say
 from mahlstick.page.units import (
@@ -38,7 +37,6 @@ from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, o
 CONTROLS = 4
 IMAGE_PROMPTS = 3
 PICTURES = 16  # at once
-REFRESH = 0.15  # seconds between two looks at a job
 
 _UNIT = re.compile(r"(controls|image_prompts)\[(\d+)\]")
 _log = logging.getLogger(__name__)
@@ -49,7 +47,6 @@ class Create:
 
     def __init__(self, models: Models, jobs: Jobs, history: History, session: gr.BrowserState) -> None:
         self._models, self._jobs, self._history, self._session = models, jobs, history, session
-        self._running: dict[str, Job] = {}  # by session
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=5, min_width=320, elem_classes="left"):
                 self._lay_prompt()
@@ -291,7 +288,7 @@ class Create:
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         outputs = [self.status, self.gallery, self.chosen, self.shown, *self.texts, *self._errors]
         self.paint.click(self._paint, everything, outputs, **quiet)
-        self.cancel.click(self._cancel, [self._session], None, queue=False, **quiet)
+        self.cancel.click(self._jobs.cancel, [self._session], None, queue=False, **quiet)
         self.dice.click(lambda: secrets.randbelow(2**32), None, self.seed, **quiet)
         self.reuse.click(self._reuse, [self._session, self.shown, self.chosen], self.seed, **quiet)
         self.gallery.select(self._choose, [self._session, self.shown], [self.chosen, self.texts[0]], **quiet)
@@ -354,10 +351,10 @@ class Create:
                 raise MahlstickError(say("no_prompt", browser))
             request = self.read(values)
             self._models.check(request)
-            job = self._jobs.submit(request, lambda result: self._history.add(session, result))
-            self._running[session] = job
+            work = pictures(request, lambda result: self._history.add(session, result))
+            job = self._jobs.submit(work, session)
             yield self._texts(session, request)
-            async for shown in self._watch(job, browser):
+            async for shown in status.watch(self._jobs, job, browser):
                 yield {self.status: shown}
             saved = job.future.result()
             yield {self.status: "", **self._gallery(session, first=saved)}
@@ -368,21 +365,6 @@ class Create:
         finally:
             if job is not None and not job.future.done():  # the person has gone
                 job.cancel()
-            self._running.pop(session, None)
-
-    async def _watch(self, job: Job, browser: gr.Request | None) -> AsyncIterator[str]:
-        """What the status shows, whenever that has changed, until the job is done."""
-        before = ""
-        while not job.future.done():
-            shown = status.of(job, self._jobs.ahead(job), browser)
-            if shown != before:
-                yield shown
-            before = shown
-            await asyncio.sleep(REFRESH)
-
-    def _cancel(self, session: str) -> None:
-        if job := self._running.get(session):
-            job.cancel()
 
     async def generate(self, request: dict[str, Any]) -> list[str]:
         """Makes the pictures of a request and returns the PNG files.
@@ -396,9 +378,9 @@ class Create:
             if wanted.images > PICTURES:
                 raise MahlstickError(f"images: at most {PICTURES} at once here, not {wanted.images}")
             self._models.check(wanted)
-            job = self._jobs.submit(wanted, lambda result: self._history.add(History.new_session(), result))
+            job = self._jobs.submit(pictures(wanted, lambda made: self._history.add(History.new_session(), made)))
             try:
-                async for _ in self._watch(job, None):
+                async for _ in status.watch(self._jobs, job, None):
                     pass
                 return [str(path) for path in job.future.result()]
             finally:

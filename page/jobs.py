@@ -1,4 +1,4 @@
-"""Pictures are made one request at a time, in a thread that can be watched and stopped."""
+"""Whatever needs the models is done one job at a time, in a thread that can be watched and stopped."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mahlstick.pipelines.load import Loader
 from mahlstick.pipelines.preview import preview
 from mahlstick.pipelines.request import Request
 
-WAITING_LIMIT = 200  # requests
+WAITING_LIMIT = 200  # jobs
 
-Save = Callable[[Result], list[Path]]
+Work = Callable[..., Any]  # takes the job, the loader, and device and dtype by name
 
 
 class Cancelled(Exception):
-    """The person does not want the picture any more."""
+    """The person does not want it any more."""
 
 
 class Job:
-    """A request on its way. What is public may be read from any thread, at any time."""
+    """Work on its way, such as a request for pictures. What is public may be read from any thread, at any time."""
 
-    def __init__(self, request: Request, save: Save) -> None:
-        self.request = request
-        self.save = save
+    def __init__(self, work: Work, owner: str | None = None) -> None:
+        self.owner = owner
         self.step = 0
-        self.total = 0  # over all pictures; 0 until the first step
+        self.total = 0  # steps of all that is made; 0 until the first one
         self.preview: Image.Image | None = None
-        self.future: Future[list[Path]] = Future()
+        self.future: Future[Any] = Future()
+        self._work = work
         self._cancelled = threading.Event()
         self._began = 0.0
 
@@ -49,27 +49,51 @@ class Job:
             return None
         return (time.monotonic() - self._began) / (self.step - 1) * (self.total - self.step)
 
+    def tell(self, step: int, total: int, preview: Image.Image | None = None) -> None:
+        """How far it has come. Raises :class:`Cancelled` where it need not go on."""
+        if self._cancelled.is_set():
+            raise Cancelled
+        if self.step == 0:
+            self._began = time.monotonic()
+        self.step, self.total = min(step, total), total
+        self.preview = preview or self.preview
+
     def cancel(self) -> None:
         """Stops before the next layer of whichever network is at work."""
         self._cancelled.set()
 
-    def run(self, loader: Loader, where: dict[str, Any]) -> list[Path]:
-        """The saved pictures. Raises :class:`Cancelled`."""
+    def run(self, loader: Loader, where: dict[str, Any]) -> Any:
+        """What the work returns. Raises :class:`Cancelled`."""
         if self._cancelled.is_set():
             raise Cancelled
         with _interruptible(self._cancelled):
-            result = generate(self.request, loader=loader, progress=False, callback=self._on_step, **where)
-        return self.save(result)
+            return self._work(self, loader, **where)
 
-    def _on_step(self, pipe: Any, i: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-        if self.step == 0:
-            self._began = time.monotonic()
-        self.total = pipe.num_timesteps * -(-self.request.images // self.request.batch)
-        self.step = min(self.step + 1, self.total)
+
+def pictures(request: Request, save: Callable[[Result], list[Path]]) -> Work:
+    """The work that makes a request's pictures, and returns the files that ``save`` writes."""
+
+    def work(job: Job, loader: Loader, **where: Any) -> list[Path]:
+        watched = steps(job, calls=-(-request.images // request.batch))
+        return save(generate(request, loader=loader, progress=False, callback=watched, **where))
+
+    return work
+
+
+def steps(job: Job, calls: int = 1) -> Callable[..., dict[str, Any]]:
+    """A callback for a pipeline that is called ``calls`` times: tells the job of each step, and shows the picture as
+    far as it has come."""
+    seen = 0
+
+    def on_step(pipe: Any, i: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        nonlocal seen
+        seen += 1
         config = pipe.vae.config
         latents = state["latents"] / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
-        self.preview = preview(latents, pipe.vae)
+        job.tell(seen, pipe.num_timesteps * calls, preview(latents, pipe.vae))
         return state
+
+    return on_step
 
 
 class Jobs:
@@ -81,14 +105,20 @@ class Jobs:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mahlstick")
         self._line: list[Job] = []
 
-    def submit(self, request: Request, save: Save) -> Job:
-        """Puts a request in the queue. Raises :class:`MahlstickError` where that is full."""
+    def submit(self, work: Work, owner: str | None = None) -> Job:
+        """Puts work in the queue; ``owner`` is who may cancel it. Raises :class:`MahlstickError` where that is full."""
         if len(self._line) >= WAITING_LIMIT:
             raise MahlstickError("too many pictures are waiting; try again in a minute")
-        job = Job(request, save)
+        job = Job(work, owner)
         self._line.append(job)
         job.future = self._thread.submit(self._work, job)
         return job
+
+    def cancel(self, owner: str) -> None:
+        """Stops what this owner has in the queue."""
+        for job in self._line.copy():
+            if job.owner == owner:
+                job.cancel()
 
     def ahead(self, job: Job) -> int:
         """How many are made before it."""
@@ -105,7 +135,7 @@ class Jobs:
             job.cancel()
         self._thread.shutdown()
 
-    def _work(self, job: Job) -> list[Path]:
+    def _work(self, job: Job) -> Any:
         try:
             return job.run(self._loader, self._where)
         finally:

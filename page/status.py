@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import io
+from collections.abc import AsyncIterator
 
 import gradio as gr
 from PIL import Image
 
-from mahlstick.page.jobs import Job
+from mahlstick.page.jobs import Job, Jobs
 from mahlstick.page.texts import say
+
+REFRESH = 0.15  # seconds between two looks at a job
 
 
 def error(sentence: str) -> str:
@@ -35,6 +39,17 @@ def of(job: Job, ahead: int, browser: gr.Request | None) -> str:
     if left is not None:
         sentence += " · " + say("left", browser, seconds=max(1, round(left)))
     return bar(sentence, job.step / job.total, job.preview)
+
+
+async def watch(jobs: Jobs, job: Job, browser: gr.Request | None) -> AsyncIterator[str]:
+    """Where the job stands, whenever that has changed, until it is done."""
+    before = ""
+    while not job.future.done():
+        shown = of(job, jobs.ahead(job), browser)
+        if shown != before:
+            yield shown
+        before = shown
+        await asyncio.sleep(REFRESH)
 
 
 def bar(sentence: str, done: float | None = None, preview: Image.Image | None = None) -> str:

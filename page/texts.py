@@ -7,6 +7,7 @@ import gradio as gr
 _TEXTS = {
     # key: (English, Chinese)
     "tagline": ("Steer diffusion with drawings and pictures", "用草图和参考图引导扩散模型"),
+    "create": ("Create", "创作"),
     "theme": ("Light or dark", "明暗切换"),
     "prompt": ("Prompt", "提示词"),
     "prompt_hint": ("What to paint, e.g. a red apple", "想画什么，例如 a red apple"),

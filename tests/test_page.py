@@ -15,7 +15,7 @@ from mahlstick.errors import MahlstickError
 from mahlstick.page import app, canvas, scripts
 from mahlstick.page.create import Create
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Cancelled, Jobs
+from mahlstick.page.jobs import Cancelled, Jobs, pictures
 from mahlstick.page.models import Models
 from mahlstick.page.units import SLIDERS, _shown_options
 from mahlstick.pipelines.load import embedded_folder
@@ -157,14 +157,14 @@ def test_a_job_is_stopped_within_a_step_and_leaves_the_model_as_it_was(jobs, tmp
     request = Request(prompt="red apple", seed=1, steps=3, controls=[{"adapter": "lineart", "image": str(DRAWING)}])
 
     def made() -> bytes:
-        job = jobs.submit(request, lambda result: kept.append(result.images[0].tobytes()) or [])
+        job = jobs.submit(pictures(request, lambda result: kept.append(result.images[0].tobytes()) or []))
         job.future.result(60)
         assert job.step == job.total == 3 and job.preview is not None
         return kept[-1]
 
     first = made()
-    long = jobs.submit(request.model_copy(update={"steps": 1000}), lambda result: [])
-    waiting = jobs.submit(request, lambda result: [])
+    long = jobs.submit(pictures(request.model_copy(update={"steps": 1000}), lambda result: []))
+    waiting = jobs.submit(pictures(request, lambda result: []))
     deadline = time.monotonic() + 30
     while long.step < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
