@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mahlstick.adapters import projectors
 from mahlstick.adapters.base import Adapter, Attachment, Clock, Window, number, spread, unwrap
+from mahlstick.adapters.image_encoder import ImageEncoder, Layer, checked_layer, load_encoder
+from mahlstick.adapters.qformer import token_ids
 from mahlstick.errors import MahlstickError
 
 if TYPE_CHECKING:
@@ -64,9 +66,13 @@ class IPAdapter(Adapter):
         super().__init__()
         self.config = dict(config)
         self.image_proj = projectors.build(config)
+        #: What of the image encoder its projector reads.
+        self.layer: Layer = checked_layer(config.get("layer"), self.image_proj.pooled)
         dim = config["cross_attention_dim"]
         self.ip_adapter = nn.ModuleDict({index: KeyValue(width, dim) for index, width in config["layers"].items()})
         self._encoder: tuple[Any, Any] = (None, None)  # in a tuple, so that it is no submodule of ours
+        #: Whose ids a projector reads; None: the pipeline's.
+        self.tokenizer: Any = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -77,7 +83,7 @@ class IPAdapter(Adapter):
     def from_unet(
         cls,
         unet: UNet2DConditionModel,
-        projector: Literal["linear", "resampler", "mlp", "video"] = "linear",
+        projector: projectors.ProjectorName = "linear",
         tokens: int = 4,
         feature_dim: int = 1024,
         *,
@@ -86,27 +92,37 @@ class IPAdapter(Adapter):
         head_dim: int = 64,
         frames: int = 8,
         grid: int = 16,
+        join: int = 4,
+        vocabulary: int = 49_409,
+        places: int = 77,
+        layer: Layer | None = None,
     ) -> Self:
         """Fresh, for ``unet``'s layers: W′k and W′v start as the text's Wk and Wv (section 3.2.2).
 
-        ``feature_dim`` is the width of the image encoder's output, pooled for ``linear`` and per patch for the others;
-        ``depth``, ``heads`` and ``head_dim`` are the resampler's and the video projector's. The latter reads
-        ``frames`` of a clip, of grid × grid patches each.
+        ``feature_dim`` is the width of the image encoder's output, pooled for ``linear`` and per patch for the others,
+        of its ``layer``: ``"patches"`` for the last without class token, or the number of a hidden one; left out, the
+        last but one.
+        Which of the sizes a projector has is in `projectors`: all but ``linear``, ``mlp`` and ``concat`` are
+        heads · head_dim wide inside; ``mlp``, ``concat`` and ``merger`` give as many tokens as the picture has patches,
+        or a part of them. A video projector reads ``frames`` of a clip, of grid × grid patches each. What reads the
+        prompt knows ``vocabulary`` words, one more than the tokenizer, and ``places`` of them in a text; left out,
+        those of CLIP.
         """
+        sizes: dict[str, Any] = {"tokens": tokens, "depth": depth, "heads": heads, "head_dim": head_dim,
+                                 "frames": frames, "grid": grid, "join": join, "vocabulary": vocabulary,
+                                 "places": places}  # fmt: skip
         unet = cast("UNet2DConditionModel", unwrap(unet))
         layers = dict(cross_attentions(unet))
         first = next(iter(layers.values()))
         config: dict[str, Any] = {
             "projector": projector,
-            "tokens": tokens,
             "feature_dim": feature_dim,
             "cross_attention_dim": first.to_k.in_features,
             "layers": {str(2 * i + 1): attn.to_k.out_features for i, attn in enumerate(layers.values())},
+            "layer": layer,
         }
-        if projector in ("resampler", "video"):
-            config.update(depth=depth, heads=heads, head_dim=head_dim)
-        if projector == "video":
-            config.update(frames=frames, grid=grid)
+        # An mlp has as many tokens as the encoder gives; its config says how many those are.
+        config |= {name: sizes[name] for name in projectors.sizes_of(projector) or ("tokens",)}
         if first.to_k.weight.is_meta:
             raise MahlstickError("the UNet's own weights are not in their places: switch offload off before from_unet.")
         adapter = cls(config)
@@ -121,24 +137,27 @@ class IPAdapter(Adapter):
         path: str | PathLike[str],
         image_encoder: Any = None,
         *,
+        tokenizer: Any = None,
         dtype: torch.dtype | None = None,
         **config: Any,
     ) -> Self:
-        """Load as :meth:`Adapter.from_pretrained`; ``image_encoder`` is a vision model, its folder or hub id."""
+        """Load as :meth:`Adapter.from_pretrained`; ``image_encoder`` is a vision model, its folder or hub id, and
+        ``tokenizer``, of a projector that reads the prompt, one of transformers or its folder."""
         adapter = super().from_pretrained(path, dtype=dtype, **config)
         if image_encoder is not None:
             adapter.use_encoder(image_encoder)
+        adapter.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, PathLike)) else tokenizer
         return adapter
 
     def use_encoder(self, model: Any, processor: Any = None) -> None:
         """Encode pictures with this vision model (a transformers module, folder or hub id) and its image processor."""
         if isinstance(model, (str, PathLike)):
             model, processor = load_encoder(model)
-        self._check_encoder(model)
+        self._check_encoder(ImageEncoder(model, processor))
         self._encoder = (model, processor)
 
-    def _check_encoder(self, model: Any) -> None:
-        width = getattr(model.config, "projection_dim" if self.image_proj.pooled else "hidden_size", None)
+    def _check_encoder(self, encoder: ImageEncoder) -> None:
+        width = encoder.width(self.layer)
         if width is not None and width != self.config["feature_dim"]:
             raise MahlstickError(
                 f"this IP-Adapter reads features of {self.config['feature_dim']} numbers and the image encoder "
@@ -154,7 +173,7 @@ class IPAdapter(Adapter):
     def features(self, pictures: Sequence[Any], encoder: tuple[Any, Any] = (None, None)) -> tuple[Tensor, Tensor]:
         """Features of PIL pictures, and those that stand for no picture.
 
-        Pooled ``(n, feature_dim)`` for a linear projector, of all patches of the last layer but one
+        Pooled ``(n, feature_dim)`` for a linear projector, of all patches of its ``layer``
         ``(n, length, feature_dim)`` for the others; for a video projector the pictures are the frames of one clip,
         ``(1, n, length, feature_dim)``. No picture is zeros for pooled features, and the features of an input of zeros
         for the others, as in the published code. ``encoder`` (a vision model and its processor) serves an adapter that
@@ -166,36 +185,59 @@ class IPAdapter(Adapter):
                 "this IP-Adapter has no image encoder: give image_encoder= to from_pretrained, use a pipeline that has "
                 "one, or give features= to ImagePrompt."
             )
-        self._check_encoder(model)
-        processor = processor or _default_processor(model)
-        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(model.dtype)
-        if model.device.type != "meta":  # accelerate's sequential offload places the input itself
-            pixels = pixels.to(model.device)
+        eyes = ImageEncoder(model, processor)
+        self._check_encoder(eyes)
+        pixels = eyes.prepare(pictures)
         if self.image_proj.pooled:
-            pooled = model(pixels).image_embeds
+            pooled = eyes.see(pixels, self.layer)
             return pooled, torch.zeros_like(pooled[:1])
-        both = model(torch.cat([pixels, torch.zeros_like(pixels[:1])]), output_hidden_states=True).hidden_states[-2]
+        both = eyes.see(torch.cat([pixels, torch.zeros_like(pixels[:1])]), self.layer)
         found, nothing = both[:-1], both[-1:]
         if isinstance(self.image_proj, projectors.Video):
             return found[None], nothing.expand_as(found)[None]
         return found, nothing
 
-    def tokens(self, features: Tensor) -> Tensor:
-        """Image features as prompt tokens ``(batch, tokens, cross_attention_dim)``.
+    @property
+    def reads(self) -> bool:
+        """Whether its tokens depend on the prompt too."""
+        return self.image_proj.reads
 
-        Raises ``MahlstickError`` for features of the wrong shape.
+    def words(self, prompts: Sequence[str], tokenizer: Any = None) -> Tensor:
+        """Prompts as its projector reads them, ``(prompts, length)``; ``tokenizer`` serves an adapter that has none.
+
+        Raises ``MahlstickError`` without a tokenizer, and for another one than it was trained with.
+        """
+        tokenizer = self.tokenizer if self.tokenizer is not None else tokenizer
+        if tokenizer is None:
+            raise MahlstickError(
+                "this IP-Adapter's projector reads the prompt and there is no tokenizer: attach it to a pipeline, or "
+                "give tokenizer= to from_pretrained."
+            )
+        return token_ids(tokenizer, prompts, self.config["vocabulary"], self.config["places"])
+
+    def tokens(self, features: Tensor, words: Tensor | None = None) -> Tensor:
+        """Image features as prompt tokens ``(batch, tokens, cross_attention_dim)``; a projector that reads the prompt
+        needs its ``words`` too, one row for each picture or one for all.
+
+        Raises ``MahlstickError`` for features of the wrong shape, and where words are missing.
         """
         takes, width = self.image_proj.takes, self.config["feature_dim"]
-        if features.ndim != len(takes) + 1 or features.shape[-1] != width:
+        ranks = (len(takes) + 1, 4) if self.image_proj.maps else (len(takes) + 1,)
+        if features.ndim not in ranks or features.shape[-1] != width:
             raise MahlstickError(
                 f"this IP-Adapter's projector ({self.config['projector']}) takes features of shape "
                 f"({', '.join(takes)}, {width}); got {tuple(features.shape)}."
             )
-        return cast(Tensor, self.image_proj(features.to(self.device, self.dtype)))
+        features = features.to(self.device, self.dtype)
+        if not self.reads:
+            return cast(Tensor, self.image_proj(features))
+        if words is None:
+            raise MahlstickError("this IP-Adapter's projector reads the prompt: give prompt= to ImagePrompt.")
+        return cast(Tensor, self.image_proj(features, words.to(self.device).expand(len(features), -1)))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, words: Tensor | None = None) -> Tensor:
         """The same as :meth:`tokens`."""
-        return self.tokens(features)
+        return self.tokens(features, words)
 
     def _pairs(self) -> list[KeyValue]:
         return [cast(KeyValue, self.ip_adapter[index]) for index in sorted(self.ip_adapter, key=int)]
@@ -428,25 +470,11 @@ def _grid(size: tuple[int, int], queries: int) -> tuple[int, int]:
     return height, width
 
 
-def load_encoder(path: str | PathLike[str]) -> tuple[Any, Any]:
-    """A CLIP vision model with its image processor, or None where the folder has none of that."""
-    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+def load_tokenizer(path: str | PathLike[str]) -> Any:
+    """A tokenizer of transformers. Raises ``MahlstickError`` where the folder or hub id has none."""
+    from transformers import AutoTokenizer
 
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise MahlstickError(
-            f"no image encoder could be loaded from {path}: give a folder or hub id of a CLIP vision model ({error})."
-        ) from error
-    try:
-        return model, AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError):
-        return model, None
-
-
-def _default_processor(model: Any) -> Any:
-    """CLIP's own preparation at the model's resolution."""
-    from transformers import CLIPImageProcessor
-
-    side = model.config.image_size
-    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        raise MahlstickError(f"no tokenizer could be loaded from {path}: give a folder with one ({error}).") from error

@@ -73,6 +73,20 @@ def rotate(x: Tensor, places: Tensor, base: float = BASE) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def rotate_2d(x: Tensor, places: Tensor, base: float = BASE) -> Tensor:
+    """Rotary positions in height and width: x (…, L, d) with d a multiple of 4, places (L, 2).
+
+    Half of the channels turn by the row and half by the column, with all frequencies each: those of Qwen2-VL's vision
+    tower (2409.12191, 2.1).
+
+    Raises ``MahlstickError`` for another d.
+    """
+    if x.shape[-1] % 4:
+        raise MahlstickError(f"rotary positions in two axes need a multiple of 4 channels; got {x.shape[-1]}.")
+    parts = zip(x.chunk(2, dim=-1), places.unbind(-1), strict=True)
+    return torch.cat([rotate(part, at, base) for part, at in parts], dim=-1)
+
+
 def rotate_3d(x: Tensor, places: Tensor, base: float = BASE) -> Tensor:
     """Rotary positions in time, height and width: x (…, L, d) with even d of at least 6, places (L, 3).
 
@@ -86,6 +100,19 @@ def rotate_3d(x: Tensor, places: Tensor, base: float = BASE) -> Tensor:
         raise MahlstickError(f"rotary positions in three axes need an even width of at least 6; got {x.shape[-1]}.")
     parts = x.split([x.shape[-1] - 2 * space, space, space], dim=-1)
     return torch.cat([rotate(part, at, base) for part, at in zip(parts, places.unbind(-1), strict=True)], dim=-1)
+
+
+def places_2d(height: int, width: int) -> Tensor:
+    """Row and column of every patch of a picture, row by row: (height · width, 2)."""
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width))
+
+
+def sincos_2d(places: Tensor, dim: int) -> Tensor:
+    """Rows and columns (…, 2), which need not be whole, → (…, dim): `sinusoidal` of the row and of the column, half of
+    the channels each (2111.06377, A.1)."""
+    half = dim // 4 * 2
+    rows, columns = places.unbind(-1)
+    return torch.cat([sinusoidal(rows, dim - half), sinusoidal(columns, half)], dim=-1)
 
 
 def places_3d(frames: int, height: int, width: int) -> Tensor:

@@ -105,7 +105,12 @@ def pose_estimator(model: str) -> tuple[Any, Any]:
         return load(model, "detector.onnx with pose.onnx", load_both)
 
 
-def load(model: str, needed: str, loader: Callable[[bool], Any]) -> Any:
+def load(
+    model: str,
+    needed: str,
+    loader: Callable[[bool], Any],
+    way_out: str = "give model= a folder that holds it, or a hub id when online",
+) -> Any:
     """What ``loader(local_files_only)`` gives, or a MahlstickError that says what is missing and the way out."""
     local = Path(model).is_dir()
     offline = not local and not _hub_answers(model)
@@ -115,7 +120,6 @@ def load(model: str, needed: str, loader: Callable[[bool], Any]) -> Any:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if offline:
             reason = "no such folder, not in the cache, and the hub does not answer"
-        way_out = "give model= a folder that holds it, or a hub id when online"
         raise MahlstickError(f"{needed} cannot be loaded from {model!r} ({reason}); {way_out}") from error
 
 

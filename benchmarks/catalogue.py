@@ -101,6 +101,25 @@ pipe = with_units(StableDiffusionXLAutoBlocks()).init_pipeline(base)
 pipe.load_components()
 images = pipe(prompt="a red fox", units=[ms.Control(net, edges)], output="images")
 ```
+
+## A grid of pictures
+
+What a setting does is seen best where nothing else differs. `ms.compare` makes a request's picture for each value of
+one field or two, and all of them in one picture with labels:
+
+```python
+request = ms.Request(prompt="red apple", seed=7)
+comparison = ms.compare(request, x=("steps", [5, 10, 20]), y=("guidance", [1, 4]))
+comparison.save("grid.png")
+comparison.results[1][0].save("five-steps.png")  # the second row's first picture, with its own recipe
+```
+
+A field is `seed`, `steps`, `guidance`, `scheduler`, `strength`, `prompt` or `negative_prompt`; `scale`, `start`, `end`,
+`mode` or `adapter` of a control, as in `controls[0].scale`; `scale`, `start`, `end`, `blocks` or `adapter` of an image
+prompt. A prompt is searched for the first value, and each value stands in its place: `("prompt", ["red", "green"])`.
+
+Each picture is bit for bit what its request makes alone. The grid carries its recipe: `read_grid("grid.png")`, in
+`mahlstick.pipelines.compare`, has the request and both axes.
 """
 
 

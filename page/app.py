@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import threading
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from mahlstick.errors import MahlstickError
+from mahlstick.page import canvas
+from mahlstick.page.animate import Animate
+from mahlstick.page.compare import Compare
 from mahlstick.page.create import Create
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Jobs
+from mahlstick.page.limits import BodyLimit
 from mahlstick.page.models import Models
 from mahlstick.page.texts import label, translations
+from mahlstick.page.train import Train
+from mahlstick.page.weights import Inspect
+from mahlstick.page.workflows import Workflows
 
 PORT = 7860
 FILE_LIMIT = "32mb"
@@ -39,7 +48,8 @@ document.addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     document.activeElement?.blur();  // so that a number being typed counts
-    setTimeout(() => document.querySelector("#paint")?.click(), 50);
+    const runs = [...document.querySelectorAll("#paint, #cmp-run, #an-run, #wf-run")];  // of the tab that is open
+    setTimeout(() => runs.find(button => button.checkVisibility())?.click(), 50);
   }
 });
 """
@@ -47,7 +57,11 @@ _THEME = "() => { document.body.classList.toggle('dark'); }"
 
 
 def build(
-    models: str | Path | None = None, out: str | Path = "out", device: str | None = None, dtype: str | None = None
+    models: str | Path | None = None,
+    out: str | Path = "out",
+    device: str | None = None,
+    dtype: str | None = None,
+    data: str | Path | None = None,
 ) -> gr.Blocks:
     """The page.
 
@@ -56,10 +70,10 @@ def build(
         out: the folder for the pictures of all sessions.
         device: left open, the best there is.
         dtype: left open, what suits the device.
+        data: a folder of whose folders adapters may be trained.
     """
-    folder = Path(models).expanduser().resolve() if models is not None else None
-    if folder is not None and not folder.is_dir():
-        raise MahlstickError(f"--models {models}: is no folder; give one with base models and adapters")
+    folder = _folder(models, "--models", "give one with base models and adapters")
+    examples = _folder(data, "--data", "give one with folders of pictures")
     jobs = Jobs(device, dtype)
     history = History(Path(out).expanduser().resolve() / "sessions")
     with gr.Blocks(title="mahlstick", analytics_enabled=False, fill_width=True) as page:
@@ -74,12 +88,51 @@ def build(
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(label("create"), id="create"):
                 create = Create(offered, jobs, history, session)
-        page.load(create.enter, session, create.entered, api_visibility="private", show_progress="hidden")
+            with gr.Tab(label("compare"), id="compare") as compare_tab:
+                compare = Compare(create, offered, jobs, history, session, compare_tab)
+            animate = None
+            if offered.motions:
+                with gr.Tab(label("animate"), id="animate"):
+                    animate = Animate(offered, jobs, history, session)
+            with gr.Tab(label("workflows"), id="workflows"):
+                workflows = Workflows(folder, jobs, history, session)
+            with gr.Tab(label("train"), id="train"):
+                train = Train(offered, jobs, history, session, examples, device, create.dropdowns)
+            with gr.Tab(label("inspect"), id="inspect"):
+                inspect = Inspect(offered, history, session, create.model)
+        entered = page.load(create.enter, session, create.entered, api_visibility="private", show_progress="hidden")
+        tabs: list[Any] = [compare, *([animate] if animate is not None else []), workflows, train, inspect]
+        for tab in tabs:
+            entered.then(tab.enter, session, tab.entered, api_visibility="private", show_progress="hidden", queue=False)
         page.load(jobs.warm_up, None, None, api_visibility="private", show_progress="hidden", queue=False)
         wanted, made = gr.JSON(visible=False), gr.File(visible=False, file_count="multiple")
         gr.Button(visible=False).click(create.generate, wanted, made, api_name="generate", concurrency_limit=None)
-    page.jobs, page.history, page.create = jobs, history, create
+        x, y = gr.JSON(visible=False), gr.JSON(visible=False)
+        gr.Button(visible=False).click(
+            compare.compare, [wanted, x, y], made, api_name="compare", concurrency_limit=None
+        )
+        if animate is not None:
+            init, control = (gr.File(visible=False, label=name) for name in ("init", "control"))
+            format, filmed = gr.Textbox("mp4", visible=False), gr.File(visible=False)
+            gr.Button(visible=False).click(
+                animate.animate, [wanted, init, control, format], filmed, api_name="animate", concurrency_limit=None
+            )
+        graph, changes = gr.JSON(visible=False), gr.JSON(visible=False)
+        gr.Button(visible=False).click(
+            workflows.run_workflow, [graph, changes], made, api_name="run_workflow", concurrency_limit=None
+        )
+    page.jobs, page.history, page.create, page.compare = jobs, history, create, compare
+    page.animate = animate
+    page.workflows, page.train, page.inspect = workflows, train, inspect
     return page
+
+
+def _folder(path: str | Path | None, option: str, way_out: str) -> Path | None:
+    """A folder that an option names. Raises :class:`MahlstickError` where it is none."""
+    folder = Path(path).expanduser().resolve() if path is not None else None
+    if folder is not None and not folder.is_dir():
+        raise MahlstickError(f"{option} {path}: is no folder; {way_out}")
+    return folder
 
 
 def launch(
@@ -96,12 +149,13 @@ def launch(
         share=False,
         show_error=True,
         max_file_size=FILE_LIMIT,
+        app_kwargs={"middleware": [Middleware(BodyLimit)]},
         allowed_paths=[str(page.history.root)],
         footer_links=["api"],
         i18n=translations,
         theme=_theme(),
         css_paths=_STYLE,
-        head=f"<script>{_KEYS}</script>",
+        head=f"<script>{_KEYS}{canvas.SCRIPT}</script>",
     )
     return str(address)
 
@@ -114,12 +168,13 @@ def serve(
     out: str = "out",
     device: str | None = None,
     dtype: str | None = None,
+    data: str | None = None,
 ) -> None:
     """Serves the page until Ctrl-C. ``auth`` is ``user:password``."""
     user, colon, password = (auth or "").partition(":")
     if auth is not None and not (user and colon and password):
         raise MahlstickError("--auth: give user:password")
-    page = build(models, out, device, dtype)
+    page = build(models, out, device, dtype, data)
     try:
         address = launch(page, host, port, (user, password) if auth else None)
         print(f"mahlstick: {address}", flush=True)  # noqa: T201
@@ -127,6 +182,7 @@ def serve(
     except OSError as error:
         raise MahlstickError(f"--port {port}: is taken, or may not be opened here; give another") from error
     finally:
+        page.train.close()
         page.jobs.close()
         page.close(verbose=False)
 

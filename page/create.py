@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from PIL import Image
 
 from mahlstick.errors import MahlstickError
 from mahlstick.page import canvas, scripts, status
+from mahlstick.page.faults import sentence
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Cancelled, Jobs, pictures
 from mahlstick.page.models import Models
+from mahlstick.page.sentences import translated
 from mahlstick.page.texts import label, say
 from mahlstick.page.units import (
     ControlUnit,
@@ -39,7 +40,6 @@ IMAGE_PROMPTS = 3
 PICTURES = 16  # at once
 
 _UNIT = re.compile(r"(controls|image_prompts)\[(\d+)\]")
-_log = logging.getLogger(__name__)
 
 
 class Create:
@@ -75,7 +75,9 @@ class Create:
         self.error = error_line()
         with gr.Row(elem_classes="actions"):
             self.paint = gr.Button(label("paint"), variant="primary", elem_id="paint", scale=3, min_width=160)
-            self.cancel = gr.Button(label("cancel"), variant="stop", elem_id="cancel", scale=1, min_width=100)
+            self.cancel = gr.Button(
+                label("cancel"), variant="stop", elem_id="cancel", scale=1, min_width=100, visible=False
+            )
 
     def _lay_settings(self) -> None:
         with gr.Accordion(label("settings"), open=True, elem_id="settings"):
@@ -87,8 +89,8 @@ class Create:
                     [(label("own_sampler"), ""), *_samplers()], value="", label=label("sampler"), min_width=140
                 )
             with gr.Row():
-                self.steps = gr.Slider(1, 100, 20, step=1, label=label("steps"), min_width=140)
-                self.images = gr.Slider(1, PICTURES, 1, step=1, label=label("pictures"), min_width=140)
+                self.steps = gr.Slider(1, 100, 20, step=1, label=label("steps"), min_width=140, buttons=[])
+                self.images = gr.Slider(1, PICTURES, 1, step=1, label=label("pictures"), min_width=140, buttons=[])
             with gr.Row():
                 self.width = gr.Number(None, label=label("width"), placeholder=label("own"), precision=0, min_width=100)
                 self.height = gr.Number(
@@ -118,14 +120,12 @@ class Create:
     def _lay_init(self) -> None:
         with gr.Accordion(label("init"), open=False, elem_id="init") as self.init_section:
             self.init_error = error_line()
-            self.init = canvas.mask(
-                label("init_hint"), sources=("upload", "clipboard", "webcam"), elem_id="init-picture"
-            )
-            self.strength = gr.Slider(0.05, 1.0, 0.8, step=0.05, label=label("strength"))
+            self.init = canvas.mask(label("init_hint"), files=True, elem_id="init-picture")
+            self.strength = gr.Slider(0.05, 1.0, 0.8, step=0.05, label=label("strength"), buttons=[])
 
     def _lay_result(self) -> None:
-        self.status = gr.HTML("", elem_id="status", padding=False)
-        with gr.Column(elem_id="empty"):
+        self.status = gr.HTML("", elem_id="status", elem_classes="sentence", padding=False)
+        with gr.Column(elem_id="empty") as self.empty:
             gr.Markdown(label("empty"))
             with gr.Row():
                 self.examples = [
@@ -140,25 +140,31 @@ class Create:
             interactive=False,
             buttons=["download", "fullscreen"],
             elem_id="gallery",
+            visible=False,
         )
         self.chosen = gr.State(0)  # place in the gallery
         self.shown = gr.State([])  # names of the pictures in it
-        with gr.Row(elem_id="send"):
-            self.to_init = gr.Button(label("to_init"), size="sm", min_width=110, elem_id="to-init")
-            self.to_control = gr.Button(label("to_control"), size="sm", min_width=110, elem_id="to-control")
-            self.to_image_prompt = gr.Button(
-                label("to_image_prompt"), size="sm", min_width=110, elem_id="to-image-prompt"
-            )
-            self.restore = gr.Button(label("restore"), size="sm", min_width=110, elem_id="restore")
-        self.search = gr.Textbox(placeholder=label("search"), label=label("search"), show_label=False, elem_id="search")
-        self.drop = gr.File(label=label("drop"), height=64, elem_id="drop")
-        self.drop_error = error_line()
+        with gr.Column(elem_id="send", visible=False) as self.send:
+            with gr.Row():
+                self.to_init = gr.Button(label("to_init"), size="sm", min_width=110, elem_id="to-init")
+                self.to_control = gr.Button(label("to_control"), size="sm", min_width=110, elem_id="to-control")
+                self.to_image_prompt = gr.Button(
+                    label("to_image_prompt"), size="sm", min_width=110, elem_id="to-image-prompt"
+                )
+                self.restore = gr.Button(label("restore"), size="sm", min_width=110, elem_id="restore")
+            self.overlay = gr.Checkbox(False, label=label("overlay"), container=False, elem_id="overlay")
+        self.search = gr.Textbox(
+            placeholder=label("search"), label=label("search"), show_label=False, elem_id="search", visible=False
+        )
+        with gr.Column(elem_id="drop-place"):
+            self.drop = gr.File(label=label("drop"), height=64, elem_id="drop")
+            self.drop_error = error_line()
         with gr.Accordion(label("code"), open=False, elem_id="code"):
             self.refresh = gr.Button(label("refresh"), size="sm", elem_id="refresh")
             self.code_error = error_line()
             with gr.Tabs():
                 self.texts = []
-                for key in ("recipe", "python", "shell"):
+                for key in ("recipe", "python", "shell", "workflow"):
                     with gr.Tab(label(key)):
                         self.texts.append(
                             gr.Textbox(
@@ -172,10 +178,21 @@ class Create:
                                 elem_classes="mono",
                             )
                         )
+            self.workflow_note = gr.HTML("", elem_classes="sentence", padding=False)
+
+    @property
+    def _code_shown(self) -> list[Any]:
+        return [*self.texts, self.workflow_note]
 
     @property
     def units(self) -> list[Any]:
         return [*self.controls, *self.image_prompts]
+
+    @property
+    def dropdowns(self) -> list[tuple[str, gr.Dropdown]]:
+        """Where models are chosen, each with the name of its list in :class:`Models`."""
+        nets = [("nets", unit.adapter) for unit in self.controls]
+        return [("bases", self.model), *nets, *(("image_prompts", unit.adapter) for unit in self.image_prompts)]
 
     @property
     def fields(self) -> list[Any]:
@@ -204,8 +221,8 @@ class Create:
 
     def read(self, values: Values) -> Request:
         """The request that is on the screen. Raises :class:`MahlstickError`."""
-        init = canvas.background(values[self.init]) or canvas.flattened(values[self.init])
-        repaint = canvas.painted(values[self.init]) if canvas.background(values[self.init]) else None
+        init = canvas.background(values[self.init])
+        repaint = canvas.painted(values[self.init]) if init is not None else None
         return Request(
             prompt=values[self.prompt] or "",
             negative_prompt=values[self.negative] or "",
@@ -219,7 +236,7 @@ class Create:
             seed=values[self.seed],
             init=init,
             mask=repaint,
-            strength=values[self.strength] if init else None,
+            strength=values[self.strength] if init is not None else None,
             controls=_read_all(self.controls, values),
             image_prompts=_read_all(self.image_prompts, values),
         )
@@ -268,33 +285,35 @@ class Create:
 
     def _complain(self, error: Exception, values: Values, browser: gr.Request) -> Updates:
         """The fault as a sentence, beside the field that it is about."""
-        sentence = _sentence(error, browser)
-        return {self._line_for(error, sentence, values): status.error(sentence)}
+        return {self._line_for(error, str(error), values): status.error(sentence(error, browser))}
 
-    def _line_for(self, error: Exception, sentence: str, values: Values) -> gr.HTML:
+    def _line_for(self, error: Exception, message: str, values: Values) -> gr.HTML:
         if isinstance(error, UnitFault):
             return error.line
-        if found := _UNIT.match(sentence):
+        if found := _UNIT.match(message):
             units: list[Any] = self.controls if found[1] == "controls" else self.image_prompts
             used = [unit for unit in units if unit.filled(values)]
             if int(found[2]) < len(used):
                 return used[int(found[2])].error
-        return self.init_error if sentence.startswith(("init", "mask", "strength")) else self.error
+        return self.init_error if message.startswith(("init", "mask", "strength")) else self.error
 
     # What happens.
 
     def _wire(self) -> None:
-        everything = {*self.fields, self._session, self.chosen, self.shown, self.search}
+        everything = {*self.fields, self._session, self.chosen, self.shown, self.search, self.overlay}
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-        outputs = [self.status, self.gallery, self.chosen, self.shown, *self.texts, *self._errors]
+        outputs = [self._session, self.status, *self._result, *self._code_shown, *self._errors]
         self.paint.click(self._paint, everything, outputs, **quiet)
         self.cancel.click(self._jobs.cancel, [self._session], None, queue=False, **quiet)
         self.dice.click(lambda: secrets.randbelow(2**32), None, self.seed, **quiet)
         self.reuse.click(self._reuse, [self._session, self.shown, self.chosen], self.seed, **quiet)
         self.gallery.select(self._choose, [self._session, self.shown], [self.chosen, self.texts[0]], **quiet)
-        self.search.change(self._find, [self._session, self.search], [self.gallery, self.shown, self.chosen], **quiet)
-        self.refresh.click(self._code, everything, [*self.texts[1:], *self._errors], **quiet)
-        self.drop.upload(self._restore_file, [self.drop], [*self._screen, self.drop, self.status], **quiet)
+        found = [self._session, self.search, self.overlay]
+        self.search.input(self._find, found, [*self._result, self.status], trigger_mode="always_last", **quiet)
+        self.overlay.input(self._lay_over, [*found, self.chosen], self._result, **quiet)
+        self.refresh.click(self._code, everything, [*self._code_shown, *self._errors], **quiet)
+        dropped = [self.drop, self._session]
+        self.drop.upload(self._restore_file, dropped, [*self._screen, self.drop, self.status], **quiet)
         pictured = [self._session, self.shown, self.chosen]
         self.restore.click(self._restore_chosen, pictured, [*self._screen, self.status], **quiet)
         self.to_init.click(self._send_init, pictured, [self.init, self.init_section], **quiet)
@@ -313,55 +332,66 @@ class Create:
             unit.remove.click(lambda unit=unit: unit.write(None), None, unit.outputs, **quiet)
             unit.masked.input(self._open_mask(unit), [unit.masked, *_below(unit)], unit.mask, **quiet)
         for control in self.controls:
+            seen = [control.seen, control.error, control.mask]
             control.annotator.input(option_updates, control.annotator, control.options, **quiet).then(
-                self._see(control), {*control.fields}, [control.seen, control.error], **quiet
+                self._see(control), {*control.fields}, seen, **quiet
             )
             gr.on(
                 [control.picture.change, *(option.input for option in control.options)],
                 self._see(control),
                 {*control.fields},
-                [control.seen, control.error],
+                seen,
                 trigger_mode="always_last",
                 **quiet,
             )
 
     def _see(self, control: ControlUnit) -> Any:
-        def see(values: Values) -> Updates:
+        def see(values: Values, browser: gr.Request) -> Updates:
             try:
-                seen, sentence = control.see(values), ""
+                seen, told = control.see(values), ""
             except MahlstickError as error:
-                seen, sentence = None, status.error(str(error))
-            return {control.seen: gr.update(value=seen, visible=seen is not None), control.error: sentence}
+                seen, told = None, status.error(translated(str(error), browser))
+            shown = {control.seen: gr.update(value=seen, visible=seen is not None), control.error: told}
+            if not values[control.masked]:
+                return shown
+            return {**shown, control.mask: canvas.above(values[control.picture], values[control.mask])}
 
         return see
 
     def _open_mask(self, unit: Any) -> Any:
         def open_mask(masked: bool, below: Any = None) -> Any:
-            picture = canvas.flattened(below) or Image.new("RGB", (512, 512), "white")
-            return gr.update(visible=masked, value=canvas.value(picture) if masked else None)
+            return gr.update(visible=masked, value=canvas.above(below) if masked else None)
 
         return open_mask
 
     async def _paint(self, values: Values, browser: gr.Request) -> AsyncIterator[Updates]:
-        session = values[self._session]
-        yield {**self._clear_errors(), self.status: status.bar(say("loading", browser))}
-        job = None
+        session = values[self._session] or History.new_session()
+        idle = [unit for unit in self.units if unit.is_idle(values)]
+        hints = {unit.error: status.note(say("idle_unit", browser)) for unit in idle}
+        yield {
+            **self._clear_errors(),
+            **hints,
+            self._session: session,
+            self.status: status.bar(say("loading", browser)),
+            **self._faces(values[self.shown], values[self.search], working=True),
+        }
+        job, after = None, self._faces(values[self.shown], values[self.search])
         try:
             if not (values[self.prompt] or "").strip():
                 raise MahlstickError(say("no_prompt", browser))
             request = self.read(values)
-            self._models.check(request)
+            self._models.check(request, self._history.results(session))
             work = pictures(request, lambda result: self._history.add(session, result))
             job = self._jobs.submit(work, session)
-            yield self._texts(session, request)
+            yield self._texts(session, request, browser)
             async for shown in status.watch(self._jobs, job, browser):
                 yield {self.status: shown}
             saved = job.future.result()
-            yield {self.status: "", **self._gallery(session, first=saved)}
+            yield {self.status: "", self.search: "", **self._gallery(session, values[self.overlay], first=saved)}
         except Cancelled:
-            yield {self.status: status.note(say("cancelled", browser))}
+            yield {self.status: status.note(say("cancelled", browser)), **after}
         except Exception as error:
-            yield {self.status: "", **self._complain(error, values, browser)}
+            yield {self.status: "", **after, **self._complain(error, values, browser)}
         finally:
             if job is not None and not job.future.done():  # the person has gone
                 job.cancel()
@@ -396,22 +426,46 @@ class Create:
 
     @property
     def entered(self) -> list[Any]:
-        return [self._session, *self._numbers, self.gallery, self.shown, self.chosen]
+        return [self._session, *self._numbers, *self._result]
 
-    def _gallery(self, session: str, first: list[Path] | None = None) -> Updates:
-        pictures = self._history.pictures(session)
-        if first:  # in the order of their seeds
-            pictures = [*first, *(path for path in pictures if path not in first)]
+    @property
+    def _result(self) -> list[Any]:
+        """What changes with the pictures that there are."""
+        return [self.gallery, self.shown, self.chosen, self.cancel, self.send, self.search, self.empty]
+
+    def _gallery(
+        self, session: str, overlay: bool = False, first: Sequence[Path] = (), words: str = "", chosen: int = 0
+    ) -> Updates:
+        """The session's pictures that were made from ``words``, those of ``first`` before the others."""
+        pictures = self._history.pictures(session, words)
+        pictures = [*first, *(path for path in pictures if path not in first)]
+        shown = [self._history.overlaid(path) for path in pictures] if overlay else pictures
+        names, place = [path.name for path in pictures], chosen if pictures else None
+        gallery = {"value": [str(path) for path in shown], "selected_index": place}
+        faces = self._faces(names, words)
         return {
-            self.gallery: gr.update(value=[str(path) for path in pictures], selected_index=0 if pictures else None),
-            self.shown: [path.name for path in pictures],
-            self.chosen: 0,
+            **faces,
+            self.gallery: gr.update(**gallery, **faces[self.gallery]),
+            self.shown: names,
+            self.chosen: chosen,
         }
 
-    def _find(self, session: str, words: str) -> tuple[Any, list[str], int]:
-        pictures = self._history.pictures(session, words)
-        shown = gr.update(value=[str(path) for path in pictures], selected_index=0 if pictures else None)
-        return shown, [path.name for path in pictures], 0
+    def _faces(self, shown: list[str], words: str, working: bool = False) -> Updates:
+        """What is visible, while a picture is made and otherwise."""
+        return {
+            self.cancel: gr.update(visible=working),
+            self.empty: gr.update(visible=not (working or shown or words)),
+            self.search: gr.update(visible=bool(shown or words) and not working),
+            **{each: gr.update(visible=bool(shown) and not working) for each in (self.gallery, self.send)},
+        }
+
+    def _find(self, session: str, words: str, overlay: bool, browser: gr.Request) -> Updates:
+        found = self._gallery(session, overlay, words=words)
+        nothing = status.note(say("none_found", browser)) if words and not found[self.shown] else ""
+        return {**found, self.status: nothing}
+
+    def _lay_over(self, session: str, words: str, overlay: bool, chosen: int) -> Updates:
+        return self._gallery(session, overlay, words=words, chosen=chosen)
 
     def _path(self, session: str, shown: list[str], chosen: int) -> Path:
         """The chosen picture. Raises :class:`MahlstickError` where none is."""
@@ -429,26 +483,26 @@ class Create:
         except MahlstickError:
             return None
 
-    def _restore_file(self, path: str, browser: gr.Request) -> Updates:
+    def _restore_file(self, path: str, session: str, browser: gr.Request) -> Updates:
         try:
-            return {**self._restored(Path(path), browser), self.drop: None}
+            return {**self._restored(Path(path), session, browser), self.drop: None}
         except MahlstickError as error:
-            sentence = str(error).replace(str(path), Path(path).name)
-            return {self.drop_error: status.error(sentence), self.drop: None}
+            named = str(error).replace(str(path), Path(path).name)
+            return {self.drop_error: status.error(translated(named, browser)), self.drop: None}
 
     def _restore_chosen(self, session: str, shown: list[str], chosen: int, browser: gr.Request) -> Updates:
         try:
-            return self._restored(self._path(session, shown, chosen), browser)
+            return self._restored(self._path(session, shown, chosen), session, browser)
         except MahlstickError as error:
-            return {self.error: status.error(str(error))}
+            return {self.error: status.error(translated(str(error), browser))}
 
-    def _restored(self, path: Path, browser: gr.Request) -> Updates:
+    def _restored(self, path: Path, session: str, browser: gr.Request) -> Updates:
         recipe = read_recipe(path)
         request = recipe.request.model_copy(update={"seeds": [_seed(recipe)], "images": 1, "seed": None})
-        self._models.check(request)
+        self._models.check(request, self._history.results(session))
         lost = _lost(request)
-        sentence = say("restored_without", browser, names=", ".join(lost)) if lost else say("restored", browser)
-        return {**self.write(request), self.status: status.note(sentence)}
+        told = say("restored_without", browser, names=", ".join(lost)) if lost else say("restored", browser)
+        return {**self.write(request), self.status: status.note(told)}
 
     def _send_init(self, session: str, shown: list[str], chosen: int) -> tuple[Any, Any]:
         picture = load_picture(self._path(session, shown, chosen))
@@ -456,7 +510,7 @@ class Create:
 
     def _send_control(self, values: Values, browser: gr.Request) -> Updates:
         for unit in self.controls:
-            if canvas.flattened(values[unit.picture]) is None or not values[unit.shown]:
+            if not unit.filled(values):
                 picture = load_picture(self._chosen_path(values))
                 shown = {unit.group: gr.update(visible=True), unit.shown: True, unit.picture: canvas.value(picture)}
                 return {**shown, self.controls_section: gr.update(open=True)}
@@ -464,7 +518,7 @@ class Create:
 
     def _send_image_prompt(self, values: Values, browser: gr.Request) -> Updates:
         for unit in self.image_prompts:
-            if not values[unit.pictures] or not values[unit.shown]:
+            if not unit.filled(values):
                 pictures = [str(self._chosen_path(values))]
                 shown = {unit.group: gr.update(visible=True), unit.shown: True, unit.pictures: pictures}
                 return {**shown, self.prompts_section: gr.update(open=True)}
@@ -475,17 +529,24 @@ class Create:
 
     def _code(self, values: Values, browser: gr.Request) -> Updates:
         try:
-            return {**self._clear_errors(), **self._texts(values[self._session], self.read(values), recipe=False)}
+            texts = self._texts(values[self._session], self.read(values), browser, recipe=False)
+            return {**self._clear_errors(), **texts}
         except MahlstickError as error:
-            return {**self._clear_errors(), self.code_error: status.error(str(error))}
+            return {**self._clear_errors(), self.code_error: status.error(translated(str(error), browser))}
 
-    def _texts(self, session: str, request: Request, recipe: bool = True) -> Updates:
+    def _texts(self, session: str, request: Request, browser: gr.Request, recipe: bool = True) -> Updates:
         """The request as code, with its pictures in files."""
         kept = self._with_files(session, request)
         line = scripts.command(kept)
         if line is None:
             line = f"mahlstick generate --request {self._history.keep_request(session, kept)} --out out"
-        texts = {self.texts[1]: scripts.python(kept), self.texts[2]: line}
+        workflow, left_out = scripts.workflow(kept)
+        run = f"mahlstick run workflow.json --input {self._history.inputs(session)}"
+        notes = [say("run_it", browser, command=run)]
+        notes += [say("left_out", browser, what="; ".join(left_out))] if left_out else []
+        _, python, shell, comfy = self.texts
+        texts = {python: scripts.python(kept), shell: line, comfy: workflow}
+        texts[self.workflow_note] = status.note(" ".join(notes))
         return {**texts, self.texts[0]: kept.to_json()} if recipe else texts
 
     def _with_files(self, session: str, request: Request) -> Request:
@@ -573,15 +634,6 @@ def _only_data(value: Any) -> None:
     elif isinstance(value, list):
         for inner in value:
             _only_data(inner)
-
-
-def _sentence(error: Exception, browser: gr.Request) -> str:
-    if isinstance(error, MahlstickError):
-        return str(error)
-    _log.exception("a picture failed", exc_info=error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return say("no_memory", browser)
-    return say("failed", browser, reason=type(error).__name__)
 
 
 # Button -> the fields of the request that it shows; pictures are those of the assets.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from mahlstick.pictures import save_png
+from mahlstick.pictures import load_picture, save_png
 from mahlstick.pipelines.generate import Result
-from mahlstick.pipelines.request import Request
+from mahlstick.pipelines.recipe import read_recipe
+from mahlstick.pipelines.request import Request, open_picture
 
 SHOWN = 60  # pictures
 
@@ -35,16 +37,66 @@ class History:
         """Saves the pictures with their recipes."""
         return result.save(self.folder(session))
 
+    def next(self, session: str, kind: str, suffix: str) -> Path:
+        """The name for one more of what is no single picture, such as a clip."""
+        folder = self.folder(session) / kind
+        taken = [int(path.stem) for path in folder.glob("*") if path.stem.isdecimal()]
+        return folder / f"{max(taken, default=0) + 1:04d}{suffix}"
+
+    def others(self, session: str, kind: str) -> list[Path]:
+        """Those, the newest first."""
+        found = [path for path in (self.folder(session) / kind).glob("*") if path.stem.isdecimal()]
+        return sorted(found, reverse=True)[:SHOWN]
+
+    def results(self, session: str) -> Path:
+        """Where the folders are of what a session trained."""
+        return self.folder(session) / "training"
+
+    def keep_video(self, path: Path) -> Path:
+        """Keeps a video that came in, where a clip's recipe may name it: outside of what its session made, under a name
+        that nobody finds who has not the video or the clip."""
+        with path.open("rb") as file:
+            name = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        kept = self.videos / f"{name}{path.suffix.lower()}"
+        if not kept.is_file():
+            self.videos.mkdir(parents=True, exist_ok=True)
+            part = kept.with_name(f".{secrets.token_hex(8)}.part")
+            shutil.copyfile(path, part)
+            part.replace(kept)
+        return kept
+
+    @property
+    def videos(self) -> Path:
+        """Where :meth:`keep_video` keeps them."""
+        return self.root / "videos"
+
+    def inputs(self, session: str) -> Path:
+        """Where the pictures are that a session's pictures were made from."""
+        return self.folder(session) / "inputs"
+
     def keep(self, session: str, picture: Image.Image) -> Path:
         """Saves an input picture, so that scripts can name it; the same picture is kept once."""
         name = hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
-        path = self.folder(session) / "inputs" / f"{name}.png"
+        path = self.inputs(session) / f"{name}.png"
         return path if path.is_file() else save_png(picture, path)
 
     def keep_request(self, session: str, request: Request) -> Path:
         """Writes the request as JSON beside the input pictures."""
         name = hashlib.sha256(request.to_json().encode()).hexdigest()[:12]
-        return request.save(self.folder(session) / "inputs" / f"{name}.json")
+        return request.save(self.inputs(session) / f"{name}.json")
+
+    def overlaid(self, path: Path) -> Path:
+        """The picture under the controls that it followed, each as strong as it; itself where there were none."""
+        target = path.parent / "overlays" / path.name
+        if target.is_file():
+            return target
+        controls = read_recipe(path).request.controls
+        if not controls:
+            return path
+        laid = load_picture(path)
+        for i, spec in enumerate(controls):
+            laid = Image.blend(laid, open_picture(spec.image, "control").resize(laid.size), 1 / (i + 2))
+        return save_png(laid, target)
 
     def pictures(self, session: str, words: str = "") -> list[Path]:
         """The newest first, those whose prompt holds all words."""

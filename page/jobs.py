@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ class Cancelled(Exception):
 class Job:
     """Work on its way, such as a request for pictures. What is public may be read from any thread, at any time."""
 
-    def __init__(self, work: Work, owner: str | None = None) -> None:
+    def __init__(self, work: Work, owner: str | None = None, is_training: bool = False) -> None:
         self.owner = owner
+        self.is_training = is_training  # a process of its own, which takes long
         self.step = 0
         self.total = 0  # steps of all that is made; 0 until the first one
         self.preview: Image.Image | None = None
@@ -66,7 +67,7 @@ class Job:
         """What the work returns. Raises :class:`Cancelled`."""
         if self._cancelled.is_set():
             raise Cancelled
-        with _interruptible(self._cancelled):
+        with nullcontext() if self.is_training else _interruptible(self._cancelled):
             return self._work(self, loader, **where)
 
 
@@ -88,12 +89,16 @@ def steps(job: Job, calls: int = 1) -> Callable[..., dict[str, Any]]:
     def on_step(pipe: Any, i: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
         nonlocal seen
         seen += 1
-        config = pipe.vae.config
-        latents = state["latents"] / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
-        job.tell(seen, pipe.num_timesteps * calls, preview(latents, pipe.vae))
+        job.tell(seen, pipe.num_timesteps * calls, forming(pipe, state["latents"]))
         return state
 
     return on_step
+
+
+def forming(pipe: Any, latents: torch.Tensor) -> Image.Image:
+    """The first picture of a pipeline's latents, as far as it has come; small."""
+    config = pipe.vae.config
+    return preview(latents[:1] / config.scaling_factor + (getattr(config, "shift_factor", None) or 0), pipe.vae)
 
 
 class Jobs:
@@ -105,11 +110,11 @@ class Jobs:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mahlstick")
         self._line: list[Job] = []
 
-    def submit(self, work: Work, owner: str | None = None) -> Job:
+    def submit(self, work: Work, owner: str | None = None, is_training: bool = False) -> Job:
         """Puts work in the queue; ``owner`` is who may cancel it. Raises :class:`MahlstickError` where that is full."""
         if len(self._line) >= WAITING_LIMIT:
             raise MahlstickError("too many pictures are waiting; try again in a minute")
-        job = Job(work, owner)
+        job = Job(work, owner, is_training)
         self._line.append(job)
         job.future = self._thread.submit(self._work, job)
         return job
@@ -124,6 +129,11 @@ class Jobs:
         """How many are made before it."""
         line = self._line.copy()
         return line.index(job) if job in line else 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether a training is at work, for whose end all others wait."""
+        return any(job.is_training for job in self._line[:1])
 
     def warm_up(self, base: str = "embedded") -> None:
         """Loads a base in the worker's thread, so that the first picture comes sooner."""

@@ -1,11 +1,13 @@
-"""A request as a Python script and as a command line."""
+"""A request as a Python script, as a command line and as a workflow."""
 
 from __future__ import annotations
 
+import json
 import pprint
 import shlex
 from typing import Any
 
+from mahlstick.nodes.comfy.request import from_request
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, Spec
 
 # field of a request -> option of `mahlstick generate`
@@ -53,6 +55,12 @@ def command(request: Request) -> str | None:
         return None
     plain = [f"{_OPTIONS[name]} {shlex.quote(str(value))}" for name, value in rest.items()]
     return " ".join(["mahlstick generate", *plain, *size, *(unit or "" for unit in units), "--out out"])
+
+
+def workflow(request: Request) -> tuple[str, list[str]]:
+    """ComfyUI's API JSON, and what it does not say. Pictures of the request are paths."""
+    api, left_out = from_request(request)
+    return json.dumps(api, indent=2, ensure_ascii=False), left_out
 
 
 def _control(spec: ControlSpec) -> str | None:

@@ -27,10 +27,8 @@ def note(sentence: str) -> str:
     return f'<p class="note" role="status">{html.escape(sentence)}</p>'
 
 
-def of(job: Job, ahead: int, browser: gr.Request | None) -> str:
-    """Where the job stands."""
-    if ahead:
-        return bar(say("waiting", browser, ahead=ahead))
+def of(job: Job, browser: gr.Request | None) -> str:
+    """Where a job stands that waits for no other."""
     if not job.total:
         return bar(say("loading", browser))
     if job.step == job.total:
@@ -41,11 +39,19 @@ def of(job: Job, ahead: int, browser: gr.Request | None) -> str:
     return bar(sentence, job.step / job.total, job.preview)
 
 
+def waiting(jobs: Jobs, ahead: int, browser: gr.Request | None) -> str:
+    """What a job waits for."""
+    if jobs.trains:
+        return bar(say("waiting_for_training", browser, ahead=ahead - 1))
+    return bar(say("waiting", browser, ahead=ahead))
+
+
 async def watch(jobs: Jobs, job: Job, browser: gr.Request | None) -> AsyncIterator[str]:
     """Where the job stands, whenever that has changed, until it is done."""
     before = ""
     while not job.future.done():
-        shown = of(job, jobs.ahead(job), browser)
+        ahead = jobs.ahead(job)
+        shown = waiting(jobs, ahead, browser) if ahead else of(job, browser)
         if shown != before:
             yield shown
         before = shown

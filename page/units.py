@@ -32,8 +32,8 @@ def slide(value: float, low: float, high: float) -> Any:
 
 
 def error_line() -> gr.HTML:
-    """A place for a sentence next to the fields that it is about."""
-    return gr.HTML("", elem_classes="error", padding=False)
+    """A place for a sentence next to the fields that it is about; it takes none while it is empty."""
+    return gr.HTML("", elem_classes="sentence", padding=False)
 
 
 class UnitFault(MahlstickError):
@@ -53,6 +53,8 @@ class _Unit:
         self.name = name
         self.number = number
         self.adapters = adapters
+        self.first = adapters[0][1] if adapters else None
+        self.error: gr.HTML
 
     def _head(self) -> None:
         with gr.Row(elem_classes="unit-head"):
@@ -60,14 +62,28 @@ class _Unit:
             self.remove = gr.Button(label("remove"), size="sm", variant="secondary", elem_classes="quiet", min_width=80)
 
     def _dose(self) -> None:
-        self.scale = gr.Slider(0, 2, 1.0, step=0.05, label=label("scale"))
+        self.scale = gr.Slider(0, 2, 1.0, step=0.05, label=label("scale"), buttons=[])
         with gr.Row():
-            self.start = gr.Slider(0, 1, 0.0, step=0.05, label=label("start"), min_width=120)
-            self.end = gr.Slider(0, 1, 1.0, step=0.05, label=label("end"), min_width=120)
+            self.start = gr.Slider(0, 1, 0.0, step=0.05, label=label("start"), min_width=120, buttons=[])
+            self.end = gr.Slider(0, 1, 1.0, step=0.05, label=label("end"), min_width=120, buttons=[])
 
     def _mask(self) -> None:
         self.masked = gr.Checkbox(False, label=label("masked"), container=False)
         self.mask = canvas.mask(label("mask"), visible=False, elem_id=f"{self.name}-{self.number}-mask")
+
+    @property
+    def _usual(self) -> Updates:
+        """The settings of a unit that nobody has touched, but for what it follows and the net."""
+        return {self.scale: 1.0, self.start: 0.0, self.end: 1.0, self.masked: False}
+
+    def filled(self, values: Values) -> bool:
+        """Whether there is a picture, without which a unit does nothing."""
+        raise NotImplementedError
+
+    def is_idle(self, values: Values) -> bool:
+        """Whether a person has set something here and given no picture."""
+        touched = any(values[field] != usual for field, usual in self._usual.items())
+        return bool(values[self.shown]) and touched and not self.filled(values)
 
     def _read_dose(self, values: Values) -> dict[str, Any]:
         return {"scale": values[self.scale], "start": values[self.start], "end": values[self.end]}
@@ -80,7 +96,14 @@ class _Unit:
         return {self.scale: slide(scale, 0, 2), self.start: spec.start, self.end: spec.end}
 
     def _hide(self) -> Updates:
-        return {self.group: gr.update(visible=False), self.shown: False, **self._write_mask(None, None)}
+        return {
+            self.group: gr.update(visible=False),
+            self.shown: False,
+            self.error: "",
+            **self._usual,
+            self.scale: slide(1.0, 0, 2),
+            **self._write_mask(None, None),
+        }
 
     def _write_mask(self, picture: Image.Image | None, mask: Image.Image | None) -> Updates:
         below = picture if picture or not mask else Image.new("RGB", mask.size, "white")
@@ -93,15 +116,14 @@ class ControlUnit(_Unit):
 
     def __init__(self, number: int, models: Models, shown: bool) -> None:
         super().__init__(number, "control", models.nets, shown)
-        first = models.nets[0][1] if models.nets else None
         with self.group:
             self._head()
             self.error = error_line()
             self.picture = canvas.drawing(label("follow"), elem_id=f"control-{number}-picture")
             with gr.Row():
-                self.adapter = gr.Dropdown(models.nets, value=first, label=label("net"), min_width=140)
+                self.adapter = gr.Dropdown(models.nets, value=self.first, label=label("net"), min_width=140)
                 self.annotator = gr.Dropdown(
-                    _annotators(), value=_suiting(first), label=label("annotator"), min_width=140
+                    _annotators(), value=_suiting(self.first), label=label("annotator"), min_width=140
                 )
             self._options()
             self.seen = gr.Image(
@@ -112,6 +134,7 @@ class ControlUnit(_Unit):
                 height=200,
                 buttons=[],
                 format="png",
+                elem_id=f"control-{number}-seen",
             )
             self._dose()
             with gr.Row():
@@ -133,8 +156,7 @@ class ControlUnit(_Unit):
         """Places for the options of whichever annotator is chosen."""
         updates = option_updates(self.annotator.value)
         with gr.Row():
-            self.sliders = [gr.Slider(**_initial(update), min_width=120) for update in updates[:SLIDERS]]
-        with gr.Row():
+            self.sliders = [gr.Slider(**_initial(update), min_width=120, buttons=[]) for update in updates[:SLIDERS]]
             self.choice = gr.Dropdown(**_initial(updates[SLIDERS]), min_width=120)
             self.switch = gr.Checkbox(**_initial(updates[SLIDERS + 1]), min_width=120)
 
@@ -151,13 +173,17 @@ class ControlUnit(_Unit):
     def outputs(self) -> list[Any]:
         return [self.group, self.seen, self.error, *self.fields]
 
+    @property
+    def _usual(self) -> Updates:
+        own = {self.annotator: _suiting(self.first), self.mode: "balanced", self.resize: "crop"}
+        return {**super()._usual, **own}
+
     def filled(self, values: Values) -> bool:
-        """Whether there is a picture, without which a control does nothing."""
-        return values[self.shown] and canvas.flattened(values[self.picture]) is not None
+        return bool(values[self.shown]) and not canvas.is_empty(values[self.picture])
 
     def read(self, values: Values) -> ControlSpec | None:
         """None where there is no picture. Raises :class:`MahlstickError`."""
-        picture = canvas.flattened(values[self.picture]) if values[self.shown] else None
+        picture = canvas.flattened(values[self.picture]) if self.filled(values) else None
         if picture is None:
             return None
         annotator = values[self.annotator] or None
@@ -179,7 +205,13 @@ class ControlUnit(_Unit):
     def write(self, spec: ControlSpec | None) -> Updates:
         """Shows the spec; None hides the unit and clears it."""
         if spec is None:
-            return {**self._hide(), self.picture: None, self.seen: gr.update(value=None, visible=False)}
+            return {
+                **self._hide(),
+                self.picture: None,
+                self.adapter: self.first,
+                **dict(zip(self.options, option_updates(_suiting(self.first)), strict=True)),
+                self.seen: gr.update(value=None, visible=False),
+            }
         picture = open_picture(spec.image, f"control {self.number + 1}", alpha=spec.annotator == "inpaint")
         mask = open_mask(spec.mask, "mask") if spec.mask is not None else None
         return {
@@ -287,9 +319,10 @@ class ImagePromptUnit(_Unit):
                 buttons=[],
                 elem_id=f"image-prompt-{number}-pictures",
             )
-            first = models.image_prompts[0][1] if models.image_prompts else None
             with gr.Row():
-                self.adapter = gr.Dropdown(models.image_prompts, value=first, label=label("adapter"), min_width=140)
+                self.adapter = gr.Dropdown(
+                    models.image_prompts, value=self.first, label=label("adapter"), min_width=140
+                )
                 self.blocks = gr.Dropdown(
                     [(label(part), part) for part in ("all", "style", "layout")],
                     value="all",
@@ -304,6 +337,7 @@ class ImagePromptUnit(_Unit):
                 sources=["upload", "clipboard"],
                 height=140,
                 buttons=[],
+                elem_id=f"image-prompt-{number}-unlike",
             )
             self._mask()
 
@@ -316,8 +350,11 @@ class ImagePromptUnit(_Unit):
     def outputs(self) -> list[Any]:
         return [self.group, self.error, *self.fields]
 
+    @property
+    def _usual(self) -> Updates:
+        return {**super()._usual, self.blocks: "all"}
+
     def filled(self, values: Values) -> bool:
-        """Whether there is a picture, without which an image prompt does nothing."""
         return bool(values[self.shown] and values[self.pictures])
 
     def read(self, values: Values) -> ImagePromptSpec | None:
@@ -336,7 +373,7 @@ class ImagePromptUnit(_Unit):
     def write(self, spec: ImagePromptSpec | None) -> Updates:
         """Shows the spec; None hides the unit and clears it."""
         if spec is None:
-            return {**self._hide(), self.pictures: None, self.negative: None}
+            return {**self._hide(), self.pictures: None, self.adapter: self.first, self.negative: None}
         mask = open_mask(spec.mask, "mask") if spec.mask is not None else None
         return {
             self.group: gr.update(visible=True),

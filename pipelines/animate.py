@@ -95,7 +95,8 @@ def animate(
     """
     loader = loader or Loader()
     check_video_target(out)
-    request, sources = _settled(request)
+    found = [still.looked_up(spec, f"image_prompts[{i}]") for i, spec in enumerate(request.image_prompts)]
+    request, sources = _settled(request.model_copy(update={"image_prompts": found}) if found else request)
     _check_adapters(request, None if pipe is None else pipe.unet.config)
     if pipe is None:
         base = loader.pipeline(request.base, device=device, dtype=dtype, config=request.base_config)

@@ -119,7 +119,7 @@ def generate(
     where a picture or an adapter does not do.
     """
     loader = loader or Loader()
-    opened = _open_pictures(request)
+    opened = open_pictures(request)
     _check_adapters(opened, None if pipe is None else pipe.unet.config)
     if pipe is None:
         base = loader.pipeline(request.base, device=device, dtype=dtype, config=request.base_config)
@@ -174,7 +174,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _open_pictures(request: Request) -> Request:
+def open_pictures(request: Request) -> Request:
     """Every picture of the request as a PIL picture, control pictures through their annotators."""
 
     def mask(source: Any, name: str) -> Image.Image | None:
@@ -195,6 +195,7 @@ def _open_pictures(request: Request) -> Request:
         return spec.model_copy(update=update | {"mask": mask(spec.mask, f"{name} mask"), "options": {}})
 
     def image_prompt(spec: ImagePromptSpec, name: str) -> ImagePromptSpec:
+        spec = looked_up(spec, name)
         images = [reference(source, f"{name} picture") for source in spec.images]
         negative = None if spec.negative is None else reference(spec.negative, f"{name} negative")
         update = {"images": images, "mask": mask(spec.mask, f"{name} mask"), "negative": negative}
@@ -210,6 +211,18 @@ def _open_pictures(request: Request) -> Request:
             ],
         }
     )
+
+
+def looked_up(spec: ImagePromptSpec, name: str) -> ImagePromptSpec:
+    """An image prompt whose words have found their pictures; any other as it is."""
+    if spec.search is None:
+        return spec
+    from mahlstick.pipelines.library import look_up
+
+    try:
+        return look_up(spec)
+    except MahlstickError as error:
+        raise MahlstickError(f"{name}: {error}") from error
 
 
 def _with_hole(spec: ControlSpec, name: str) -> Image.Image:
@@ -380,6 +393,7 @@ def _image_prompt(spec: ImagePromptSpec, request: Request, pipe: Any, loader: Lo
         blocks=spec.blocks,
         negative=spec.negative,
         resize=spec.resize,
+        prompt=request.prompt,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from mahlstick.pipelines.load import adapter_path, embedded_folder, read_json
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, Spec
 
 KEY = "mahlstick"
+GRID_KEY = "mahlstick-grid"
 SIZE_LIMIT = 48 * 2**20  # characters; Pillow reads at most 64 MiB of text from a PNG
 _PACKAGES = ("torch", "diffusers", "transformers", "compel", "pillow")
 _WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth"}
@@ -30,6 +31,8 @@ Locate = Callable[[str], str]  # a name in a request -> its path or hub id
 
 class Recipe(Spec):
     """A request with nothing left open: seeds, size, input pictures as ``data:`` URLs, and what it ran on."""
+
+    key: ClassVar[str] = KEY  # of the PNG's text chunk
 
     version: Literal[1] = 1
     request: Request
@@ -51,7 +54,7 @@ class Recipe(Spec):
 
     def text(self) -> dict[str, str]:
         """PNG text chunks: the recipe itself, and ``parameters`` as other front ends show them."""
-        return {KEY: self.to_json(indent=None), "parameters": self._parameters()}
+        return {self.key: self.to_json(indent=None), "parameters": self._parameters()}
 
     def _parameters(self) -> str:
         request = self.request
@@ -183,22 +186,34 @@ def _snapshot(name: str) -> str:
         raise MahlstickError(f"{name}: no such file, folder or downloaded model") from error
 
 
+R = TypeVar("R", bound=Recipe)
+
+
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """The recipe in a PNG. Raises :class:`MahlstickError` where there is none, or it cannot be read."""
+    return read_as(Recipe, path)
+
+
+def read_as(kind: type[R], path: str | os.PathLike[str]) -> R:
+    """The recipe of this kind in a PNG. Raises :class:`MahlstickError` where there is none, or it cannot be read."""
     try:
         with Image.open(path) as picture:
             picture.load()
-            text = getattr(picture, "text", {}).get(KEY)
+            texts = getattr(picture, "text", {})
     except FileNotFoundError:
         raise MahlstickError(f"{path}: no such file; give a PNG that mahlstick saved") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MahlstickError(f"{path}: not a readable picture; give a PNG that mahlstick saved") from error
+    text = texts.get(kind.key)
+    if text is None and texts.keys() & {KEY, GRID_KEY}:
+        held, wanted = ("a grid of pictures", "one of them") if kind.key == KEY else ("one picture", "a grid")
+        raise MahlstickError(f"{path}: is {held}; give {wanted}")
     if text is None:
         raise MahlstickError(
             f"{path}: holds no recipe; only a PNG that mahlstick saved, and nothing edited since, has one"
         )
     try:
-        return Recipe.from_json(text)
+        return kind.from_json(text)
     except MahlstickError as error:
         raise MahlstickError(f"{path}: its recipe cannot be read ({error})") from error
 

@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticSerializationError
 
 from mahlstick.errors import MahlstickError
@@ -191,18 +201,44 @@ class ControlSpec(_Unit):
     resize: Literal["stretch", "crop", "pad"] = "stretch"
 
 
+class Found(Spec):
+    """A picture that words have found in a library."""
+
+    file: str = Field(min_length=1, description="its name in the library")
+    sha256: str = Field(pattern=r"[0-9a-f]{64}")
+
+
 class ImagePromptSpec(_Unit):
-    """An IP-Adapter and its reference pictures."""
+    """An IP-Adapter and its reference pictures, or the words that find them in a library."""
 
     scale: Scale = 1.0
     adapter: AdapterSource = Field(
         "ip-adapter", description="path or hub id of the weights; left open, the embedded one"
     )
-    image_encoder: str | None = Field(None, description="folder or hub id of the CLIP vision model, where needed")
-    images: list[Picture] = Field(min_length=1, max_length=64)
+    image_encoder: str | None = Field(
+        None, description="folder or hub id of the CLIP, SigLIP or DINOv2 that the adapter reads, where needed"
+    )
+    search: str | None = Field(None, min_length=1, description="in place of images, words that find them in a library")
+    library: str | None = Field(None, description="file of the library; left open, library.sqlite")
+    count: int = Field(1, ge=1, le=64, description="how many pictures search takes")
+    least: float | None = Field(None, ge=-1.0, le=1.0, description="similarity that they must have")
+    found: list[Found] = Field(
+        default_factory=list, max_length=64, description="what search found; given, it finds these again"
+    )
+    images: list[Picture] = Field(default_factory=list, max_length=64, validate_default=True)
     resize: Literal["crop", "pad", "stretch"] = Field("crop", description="of references that are not square")
     blocks: Literal["all", "style", "layout"] | dict[str, Scale] = "all"
     negative: Picture | None = None
+
+    @field_validator("images")
+    @classmethod
+    def _references(cls, images: list[Any], info: ValidationInfo) -> list[Any]:
+        words, found = info.data.get("search"), info.data.get("found")
+        if not images and words is None:
+            raise ValueError("give at least one picture, or search, the words that find one in a library")
+        if images and words is not None and not found:
+            raise ValueError("search is given too; keep one")
+        return images
 
 
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:

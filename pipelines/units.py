@@ -6,7 +6,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,10 +25,12 @@ from mahlstick.adapters.positions import Extension, sample_sparsely
 from mahlstick.adapters.sparse_control import SparseAttachment, SparseControlNet
 from mahlstick.adapters.travel import TextAttachment
 from mahlstick.errors import MahlstickError
-from mahlstick.pipelines.prompts import embeddings
+from mahlstick.pipelines.prompts import embeddings, parse_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    from mahlstick.pipelines.library import Hit, Library
 
 _AT_ONCE = 16  # references that go through the image encoder together
 
@@ -93,12 +95,15 @@ class ImagePrompt(Unit):
     ``images``: one reference; a list as long as the batch (one each); any other list (all of them for every picture);
     or a list of lists (for each picture of the batch its own). ``features`` is the encoder's output instead of
     pictures, pooled ``(n, feature_dim)`` or per patch ``(n, length, feature_dim)``. An adapter with a video projector
-    takes ``video`` in their place: a sequence of frames, of which it sees some, evenly spaced.
+    takes ``video`` in their place: a sequence of frames, of which it sees some, evenly spaced. Or ``search`` are words
+    that find ``count`` references in a ``library`` (a `Library` or its file), all of which every picture takes after;
+    ``least`` is the similarity that they must have. ``found`` tells what was found, which stays for this unit.
     ``negative``, ``negative_features``: what the unconditional half sees; without them no picture.
     ``resize``: what becomes of a reference that is not square: its middle (crop, as the encoders' own preparation
     does), all of it with a margin (pad) or out of shape (stretch).
     ``mask``: 1 or white where the unit acts. ``blocks``: ``all``, ``style``, ``layout`` or a share for each block by
-    name.
+    name. ``prompt``: what the pipeline is called with, for an adapter whose projector reads it, one or one for each
+    prompt of the call; others take no notice. What the unconditional half sees is read with the empty prompt.
     """
 
     adapter: IPAdapter
@@ -114,6 +119,12 @@ class ImagePrompt(Unit):
     resize: pictures.ResizeMode = "crop"
     window: Literal["steps", "noise"] = "steps"
     video: Sequence[PictureLike] | None = None
+    prompt: str | Sequence[str] | None = None
+    search: str | None = None
+    library: Library | str | Path | None = None
+    count: int = 1
+    least: float | None = None
+    found: list[Hit] | None = field(default=None, init=False)
 
     def prepare(self, unet: UNet2DConditionModel, clock: Clock, pipe: DiffusionPipeline | None) -> ImageAttachment:
         if not isinstance(self.adapter, IPAdapter):
@@ -132,8 +143,8 @@ class ImagePrompt(Unit):
     def _tokens(self, pipe: DiffusionPipeline | None) -> tuple[_References, _References]:
         encoder = (getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None))
         groups = [1]
-        if sum(given is not None for given in (self.images, self.video, self.features)) != 1:
-            raise MahlstickError("ImagePrompt needs either images=, video= or features=.")
+        if sum(given is not None for given in (self.images, self.video, self.features, self.search)) != 1:
+            raise MahlstickError("ImagePrompt needs either images=, video=, features= or search=.")
         if self.features is None and (self.video is not None) != (self.adapter.config["projector"] == "video"):
             raise MahlstickError(
                 "an adapter with a video projector takes video=, every other one images=; this one's is "
@@ -148,14 +159,37 @@ class ImagePrompt(Unit):
             frames = _flat([self.video[place] for place in seen], "frame")
             features, nothing = self.adapter.features([self._square(frame) for frame in frames], encoder)
         else:
-            references, groups = _grouped(self.images)
+            references, groups = _grouped(self.images if self.search is None else [self._searched(self.search)])
             features, nothing = self._encoded(references, encoder)
         if self.negative_features is not None:
             nothing = self.negative_features
         elif self.negative is not None:
             nothing, _ = self.adapter.features([self._square(n) for n in _flat(self.negative, "negative")], encoder)
-        tokens = _References(self.adapter.tokens(features), groups)
-        return tokens, _References(self.adapter.tokens(nothing), [1])
+        if not self.adapter.reads:
+            tokens = _References(self.adapter.tokens(features), groups)
+            return tokens, _References(self.adapter.tokens(nothing), [1])
+        words, empty = self._words(pipe)
+        features, words, groups = _paired(features, words, groups)
+        tokens = _References(self.adapter.tokens(features, words), groups)
+        return tokens, _References(self.adapter.tokens(nothing, empty), [1])
+
+    def _searched(self, words: str) -> list[PictureLike]:
+        """The pictures that the words find, looked for once."""
+        from mahlstick.pipelines.library import LIBRARY, Library
+
+        if self.found is None:
+            library = self.library if isinstance(self.library, Library) else Library(self.library or LIBRARY)
+            self.found = library.references(words, self.count, self.least)
+        return [hit.file for hit in self.found]
+
+    def _words(self, pipe: DiffusionPipeline | None) -> tuple[Tensor, Tensor]:
+        """The prompts without their weights, and the empty one, as the adapter's projector reads them."""
+        if self.prompt is None:
+            raise MahlstickError("this IP-Adapter's projector reads the prompt: give prompt= to ImagePrompt.")
+        prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        texts = ["".join(text for text, _ in parse_weights(prompt)) for prompt in prompts]
+        words = self.adapter.words([*texts, ""], getattr(pipe, "tokenizer", None))
+        return words[:-1], words[-1:]
 
     def _encoded(self, references: Sequence[Image.Image], encoder: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
         """Features of the references, a few at a time, and of none."""
@@ -321,6 +355,20 @@ class _References:
         if len(self.groups) == 1:
             return _joined(self.tokens)
         return torch.cat([_joined(group) for group in self.tokens.split(self.groups)])
+
+
+def _paired(features: Tensor, words: Tensor, groups: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """A reference and words in each row, and the rows' groups: of several prompts one for each. References that are in
+    no groups are a prompt's own where they are as many, and otherwise all prompts'."""
+    prompts, references = len(words), len(features)
+    if prompts == 1:
+        return features, words.expand(references, -1), groups
+    if len(groups) == 1:
+        groups = [1 if references == prompts else references] * prompts
+        features = features.repeat(sum(groups) // references, *[1] * (features.ndim - 1))
+    if len(groups) != prompts:
+        raise MahlstickError(f"prompt: {prompts} prompts do not go with {len(groups)} groups of references.")
+    return features, words.repeat_interleave(torch.tensor(groups), dim=0), groups
 
 
 def _joined(tokens: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from benchmarks import tiny
 from mahlstick.adapters.base import Clock, Window, spread
 from mahlstick.adapters.controlnet import gains
 from mahlstick.adapters.ip_adapter import cross_attentions
+from mahlstick.adapters.projectors import PROJECTORS
 from mahlstick.pipelines.attach import clip
 
 HINT = (4, 6, 6, 8)
@@ -45,13 +46,19 @@ def features_of(adapter: Any, batch: int) -> Tensor:
     return torch.randn(batch, *inner, tiny.WIDTH)
 
 
+def words_of(adapter: Any) -> Tensor | None:
+    adapter.tokenizer = tiny.tokenizer()
+    return adapter.words(["a red fox"]) if adapter.reads else None
+
+
 def image_prompt_of(adapter: Any, batch: int = 1, **options: Any) -> ms.ImagePrompt:
     torch.manual_seed(9)
-    return ms.ImagePrompt(adapter, features=features_of(adapter, batch), **options)
+    adapter.tokenizer = tiny.tokenizer()
+    return ms.ImagePrompt(adapter, features=features_of(adapter, batch), prompt="a red fox", **options)
 
 
 def fresh_ip(projector: str) -> Callable[[Any], ms.IPAdapter]:
-    sizes = {"depth": 1, "heads": 2, "head_dim": 8, "frames": 3, "grid": 2}
+    sizes = {"depth": 1, "heads": 2, "head_dim": 8, "frames": 3, "grid": 2, "vocabulary": 515}
 
     def build(unet: Any) -> ms.IPAdapter:
         return ms.IPAdapter.from_unet(unet, projector, tokens=4, feature_dim=tiny.WIDTH, **sizes)  # type: ignore[arg-type]
@@ -73,7 +80,7 @@ def motion_of(module: Any, batch: int = 1, **options: Any) -> ms.Motion:
 
 SUBJECTS = [
     Subject("controlnet", fresh_net, control_of, {}),
-    *(Subject(p, fresh_ip(p), image_prompt_of, {"scale": 0.0}) for p in ("linear", "resampler", "mlp", "video")),
+    *(Subject(p, fresh_ip(p), image_prompt_of, {"scale": 0.0}) for p in PROJECTORS),
     Subject("motion", fresh_motion, motion_of, {}),
 ]
 CASES = [(subject, family) for subject in SUBJECTS for family in tiny.FAMILIES]
@@ -297,7 +304,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(subject: Subject, family: 
     elif subject.kind == "motion":
         attached = adapter.attach(unet)
     else:
-        attached = adapter.attach(unet, adapter.tokens(features_of(adapter, 2)))
+        attached = adapter.attach(unet, adapter.tokens(features_of(adapter, 2), words_of(adapter)))
     with attached:
         for _ in range(2):  # nothing of the first graph may be cached for the second
             adapter.zero_grad()

@@ -404,6 +404,7 @@ def adapter_of(projector: str, unet: UNet2DConditionModel) -> tuple[dict[str, An
     config = PROJECTORS[projector] | {
         "cross_attention_dim": 32,
         "layers": {str(2 * i + 1): width for i, width in enumerate(widths)},
+        "layer": None,
     }
     torch.manual_seed(1)
     return config, {name: torch.randn(shape) for name, shape in ip_adapter.expected(config).items()}

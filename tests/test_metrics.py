@@ -552,8 +552,8 @@ def test_text_wins() -> None:
     ]
 
 
-def test_likeness_is_a_cosine() -> None:
-    assert metrics.likeness([[1.0, 0], [0, 2.0]], [[3.0, 0], [1.0, 0]]) == 0.5
+def test_clip_i_is_a_cosine() -> None:
+    assert metrics.clip_i([[1.0, 0], [0, 2.0]], [[3.0, 0], [1.0, 0]]) == 0.5
 
 
 def test_recall_says_what_is_missing() -> None:

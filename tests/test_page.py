@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
+import httpx
 import pytest
+import torch
 from gradio_client import Client
 from PIL import Image
+from starlette.exceptions import HTTPException
 
 import mahlstick as ms
 from mahlstick import annotators
@@ -16,11 +25,14 @@ from mahlstick.page import app, canvas, scripts
 from mahlstick.page.create import Create
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Cancelled, Jobs, pictures
+from mahlstick.page.limits import BodyLimit
 from mahlstick.page.models import Models
+from mahlstick.page.sentences import translated
 from mahlstick.page.units import SLIDERS, _shown_options
+from mahlstick.pictures import save_png
 from mahlstick.pipelines.load import embedded_folder
-from mahlstick.pipelines.recipe import read_recipe
-from mahlstick.pipelines.request import Request, open_picture
+from mahlstick.pipelines.recipe import describe, read_recipe
+from mahlstick.pipelines.request import Request, data_url, open_picture
 
 EXAMPLES = embedded_folder().parent / "examples"
 DRAWING = EXAMPLES / "penguin-drawing.png"
@@ -115,11 +127,100 @@ def test_drawings_masks_and_empty_canvases():
     empty = Image.new("RGBA", (32, 32))
     stroke = empty.copy()
     stroke.paste("black", (4, 4, 8, 8))
-    assert canvas.flattened({"background": empty, "layers": [empty], "composite": None}) is None
-    assert canvas.flattened(None) is None and canvas.painted(None) is None
-    drawn = canvas.flattened({"background": None, "layers": [stroke], "composite": None})
+    for value in (None, "", {"picture": None, "paint": None}, {"picture": None, "paint": data_url(empty)}):
+        assert canvas.is_empty(value)
+        assert canvas.flattened(value) is None and canvas.painted(value) is None
+    drawing = {"picture": None, "paint": data_url(stroke)}
+    drawn = canvas.flattened(drawing)
     assert drawn.getpixel((5, 5)) == (0, 0, 0) and drawn.getpixel((20, 20)) == (255, 255, 255)
-    assert canvas.painted({"background": None, "layers": [stroke]}).getbbox() == (4, 4, 8, 8)
+    assert canvas.painted(drawing).getbbox() == (4, 4, 8, 8)
+    everywhere = {"picture": None, "paint": data_url(Image.new("RGBA", (8, 8), canvas.PAINT))}
+    assert canvas.painted(everywhere).getextrema() == (255, 255)
+    assert canvas.background(canvas.above(drawing)).getpixel((5, 5)) == (0, 0, 0)
+
+
+def test_what_is_no_picture_of_a_canvas_is_refused():
+    for value, sentence in (
+        ({"picture": "/etc/hostname", "paint": None}, "should come from the canvas"),
+        ({"picture": "data:image/png;base64,bm8gcGljdHVyZQ==", "paint": None}, "is not a picture"),
+        ({"picture": None, "paint": "data:image/png;base64,bm8gcGljdHVyZQ=="}, "is no PNG of a canvas"),
+        ({"picture": "data:image/png;base64," + "A" * (45 << 20), "paint": None}, "is larger than 32 MB"),
+    ):
+        with pytest.raises(MahlstickError, match=sentence):
+            canvas.flattened(value)
+
+
+def test_a_unit_without_a_picture_is_not_there_and_says_so_where_something_was_set(page):
+    create = page.create
+    values = {field: field.value for field in create.fields} | {create.prompt: "apple"}
+    control, reference = create.controls[0], create.image_prompts[0]
+    assert not control.is_idle(values) and not reference.is_idle(values)
+    values |= {control.adapter: "another", control.scale: 0.5, reference.blocks: "style"}
+    assert control.is_idle(values) and reference.is_idle(values)
+    assert create.read(values).controls == create.read(values).image_prompts == []
+    values |= {control.picture: canvas.value(Image.open(REFERENCE)), reference.pictures: [(str(REFERENCE), None)]}
+    assert not control.is_idle(values) and not reference.is_idle(values)
+    assert create.read(values).controls[0].scale == 0.5
+
+
+def test_a_removed_unit_comes_back_as_new(page):
+    for unit in page.create.units:
+        values = {field: field.value for field in page.create.fields}
+        changed = {unit.shown: True, unit.scale: 0.3, unit.start: 0.5, unit.masked: True}
+        cleared = {field: _value(update) for field, update in unit.write(None).items()}
+        after = {**values, **changed, **cleared, unit.shown: True}
+        assert not unit.is_idle(after) and not unit.filled(after)
+        assert all(after[field] == values[field] for field in (unit.adapter, *unit._usual))
+
+
+def _value(update):
+    return update.get("value") if isinstance(update, dict) and "__type__" in update else update
+
+
+def test_chinese_browsers_read_chinese(tmp_path):
+    photo = Image.open(REFERENCE)
+    browser = SimpleNamespace(headers={"accept-language": "zh-CN,zh;q=0.9"})
+
+    def unit(**fields):
+        return {"controls": [{"adapter": "lineart", "image": photo, **fields}]}
+
+    wrong = [
+        {"steps": 0}, {"seed": -1}, {"guidance": 1000}, {"width": 64}, {"width": 63, "height": 64}, {"steps": 2.5},
+        {"steps": 1, "init": photo, "strength": 0.1}, unit(start=0.5, end=0.5), unit(scale=50),
+    ]  # fmt: skip
+    for fields in wrong:
+        with pytest.raises(MahlstickError) as caught:
+            Request(prompt="apple", **fields)
+        assert translated(str(caught.value), None) == str(caught.value)
+        assert translated(str(caught.value), browser) != str(caught.value)
+    assert translated("controls[0].scale: should be less than or equal to 10, not 50", browser).startswith(
+        "控制 1 权重"
+    )
+    (tmp_path / "bad.png").write_bytes(b"none")
+    photo.save(tmp_path / "plain.png")
+    for make in (
+        lambda: read_recipe(tmp_path / "bad.png"),
+        lambda: read_recipe(tmp_path / "plain.png"),
+        lambda: open_picture(str(tmp_path / "bad.png"), "picture"),
+        lambda: annotators.annotate("canny", photo, low=200, high=100),
+        lambda: Models(None).check(Request(prompt="apple", base="/elsewhere")),
+    ):
+        with pytest.raises(MahlstickError) as caught:
+            make()
+        assert translated(str(caught.value), browser) != str(caught.value)
+    assert translated("nobody has met this", browser) == "nobody has met this"
+
+
+def test_the_control_lies_over_the_result(tmp_path):
+    history = History(tmp_path)
+    result, control = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "black")
+    path, other = history.folder("mine") / "0001.png", history.folder("mine") / "0002.png"
+    for target, controls in ((path, [{"adapter": "lineart", "image": control}]), (other, [])):
+        request = Request(prompt="apple", seeds=[1], guidance=4, controls=controls)
+        save_png(result, target, describe(request, "cpu", torch.float32).text())
+    assert Image.open(history.overlaid(path)).getpixel((5, 5)) == (127, 127, 127)
+    assert history.overlaid(other) == other
+    assert history.pictures("mine") == [other, path]  # the overlay is none of the session's pictures
 
 
 def test_code_makes_the_same_request(page, tmp_path, monkeypatch):
@@ -188,28 +289,17 @@ def test_sessions_are_apart_and_are_found_again(tmp_path):
 
 
 def _saved(folder):
-    from mahlstick.pictures import save_png
-
     return save_png(Image.new("RGB", (8, 8)), folder / "0001.png", {"parameters": "red apple\nSteps: 3"})
 
 
-def test_the_named_endpoint(page):
-    address = app.launch(page, port=None)
+@pytest.fixture(scope="module")
+def address(page):
+    yield app.launch(page, port=None)
+    page.close(verbose=False)
+
+
+def test_the_named_endpoint(address):
     client = Client(address, verbose=False)
-    request = Request(
-        prompt="penguin", seed=4, steps=2, controls=[{"adapter": "lineart", "image": open_picture(str(DRAWING), "")}]
-    )
-    results = {}
-    threads = [
-        threading.Thread(target=lambda seed=seed: results.update({seed: _asked(address, request, seed)}))
-        for seed in (4, 5)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for seed, path in results.items():  # each its own
-        assert read_recipe(path).request.seeds == [seed]
     for fields, sentence in (
         ({"prompt": "x", "init": "/etc/hostname"}, "init: give the picture as a data: URL"),
         ({"prompt": "x", "base": "/etc"}, "base: /etc is not offered on this page"),
@@ -218,14 +308,83 @@ def test_the_named_endpoint(page):
     ):
         with pytest.raises(Exception, match=sentence):
             client.predict(fields, api_name="/generate")
-    page.close(verbose=False)
 
 
-def _asked(address: str, request: Request, seed: int) -> str:
-    import json
+def test_the_examples_in_the_docs_run(address, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("drawing.png").write_bytes(DRAWING.read_bytes())
+    text = (Path(__file__).parents[1] / "docs" / "page.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)).replace("http://127.0.0.1:7860", address)
+    exec(code, {})
+    request = read_recipe(capsys.readouterr().out.split()[-1]).request
+    assert request.prompt == "penguin" and len(request.controls) == 1
 
-    fields = json.loads(request.to_json())
-    return Client(address, verbose=False).predict(fields | {"seed": seed}, api_name="/generate")[0]
+
+def test_each_of_many_clients_gets_its_own_result(address):
+    control = {"adapter": "lineart", "image": data_url(Image.open(DRAWING))}
+    clients = [Client(address, verbose=False) for _ in range(4)]
+
+    def ask(seed: int) -> str:
+        fields = {"prompt": "penguin", "seed": seed, "steps": 1, "width": 64, "height": 64, "controls": [control]}
+        return clients[seed % 4].predict(fields, api_name="/generate")[0]
+
+    with ThreadPoolExecutor(12) as threads:
+        paths = list(threads.map(ask, range(12)))
+    assert [read_recipe(path).request.seeds for path in paths] == [[seed] for seed in range(12)]
+    assert len({Path(path).read_bytes() for path in paths}) == 12
+
+
+def test_only_configured_folders_can_be_read_and_only_so_much_can_be_sent(address, page):
+    mine = save_png(Image.new("RGB", (8, 8)), page.history.folder("me") / "0001.png")
+    for path, status in ((mine, 200), ("/etc/hostname", 403), (Path("pyproject.toml").resolve(), 403)):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code == status, path
+    upload = f"{address}gradio_api/upload"
+    for size, status in ((1 << 20, 200), (33 << 20, 413)):
+        assert httpx.post(upload, files={"files": ("a.png", b"0" * size)}).status_code == status
+    told = HTTPConnection(address.removeprefix("http://").strip("/"))
+    told.putrequest("POST", "/gradio_api/queue/join")
+    told.putheader("content-length", str(300 << 20))
+    told.endheaders()
+    assert told.getresponse().status == 413
+
+
+def test_a_body_is_counted_where_it_does_not_say_its_length():
+    async def take(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+
+    async def pieces():
+        return {"type": "http.request", "body": b"0" * 60, "more_body": True}
+
+    with pytest.raises(HTTPException, match="at most"):
+        asyncio.run(BodyLimit(take, most=100)({"type": "http", "headers": []}, pieces, None))
+
+
+def test_nobody_enters_without_the_password_where_there_is_one(tmp_path):
+    with gr.Blocks() as small:
+        gr.Markdown("hello")
+    small.history = History(tmp_path)
+    address = app.launch(small, port=None, auth=("ann", "secret"))
+    try:
+        assert address.startswith("http://127.0.0.1:")
+        assert httpx.get(f"{address}gradio_api/info").status_code == 401
+        assert httpx.get(f"{address}gradio_api/file={tmp_path}").status_code == 401
+        with pytest.raises(Exception, match=r"401|[Ll]ogin|credentials|authenticat"):
+            Client(address, auth=("ann", "wrong"), verbose=False)
+        assert Client(address, auth=("ann", "secret"), verbose=False)
+    finally:
+        small.close(verbose=False)
+    with pytest.raises(MahlstickError, match="--auth: give user:password"):
+        app.serve(auth="ann")
+
+
+def test_the_network_is_listened_to_only_when_asked(monkeypatch):
+    from mahlstick import cli
+
+    hosts = []
+    monkeypatch.setattr(app, "serve", lambda host, *_: hosts.append(host))
+    assert cli.main(["app"]) == cli.main(["app", "--listen"]) == 0
+    assert hosts == ["127.0.0.1", "0.0.0.0"]
 
 
 def test_models_are_recognised_by_their_headers(tmp_path):

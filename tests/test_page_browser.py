@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from mahlstick.page import app
+from mahlstick.pipelines.load import embedded_folder
 from mahlstick.pipelines.recipe import read_recipe
+from mahlstick.pipelines.request import data_url
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: no chromium on PATH")
+expect = playwright.expect
 
-# The editor draws with WebGL, here in software; the rest keeps Chromium from calling home.
+# A camera that shows a test picture; the rest keeps Chromium from calling home.
 ARGUMENTS = [
     "--no-sandbox",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
+    "--disable-gpu",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -27,6 +33,28 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 PATIENCE = 60_000  # milliseconds
+AXE = "axe-core@4.14.1"
+DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+SQUARE = [(-60, -60), (60, -60), (60, 60), (-60, 60), (-60, -60)]
+EXAMPLES = embedded_folder().parent / "examples"
+
+# Whether each of the visible fields stands beside or below the others, and none is cut off at the right.
+OVERLAPS = """() => {
+  const seen = [...document.querySelectorAll('button:not([tabindex="-1"]), input, textarea, .canvas-stage')].filter(
+    each => each.checkVisibility({ visibilityProperty: true }) && each.getBoundingClientRect().width > 1
+  );
+  const boxes = seen.map(each => [each, each.getBoundingClientRect()]);
+  const before = (a, b) => a.right <= b.left + 1 || a.bottom <= b.top + 1;
+  const apart = (a, b) => before(a, b) || before(b, a);
+  const faults = boxes.filter(([, box]) => box.right > innerWidth + 1).map(([each]) => 'cut off: ' + each.outerHTML);
+  for (const [i, [one, box]] of boxes.entries()) {
+    for (const [other, its] of boxes.slice(i + 1)) {
+      if (one.contains(other) || other.contains(one) || one.closest('#drop') || other.closest('#drop')) continue;
+      if (!apart(box, its)) faults.push(one.outerHTML.slice(0, 200) + ' overlaps ' + other.outerHTML.slice(0, 200));
+    }
+  }
+  return faults;
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +78,8 @@ def visit(browser, address):
     """A new person at the page, and a check that nothing was asked of another host, and no script failed."""
     contexts, faults = [], []
 
-    def enter(**options):
-        context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
+    def enter(size=DESKTOP, **options):
+        context = browser.new_context(viewport=size, **options)
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
@@ -60,97 +88,243 @@ def visit(browser, address):
         page.goto(address)
         page.locator("#paint").wait_for()
         page.locator("#seed input[placeholder]").wait_for()
-        playwright.expect(page.locator("#seed input")).to_have_value("")  # the server has answered
+        expect(page.locator("#seed input")).to_have_value("", timeout=PATIENCE)  # the server has answered
         return page
 
+    expect.set_options(timeout=PATIENCE)
     yield enter
     for context in contexts:
         context.close()
     assert not faults
 
 
-def paint(page, steps=3, **fields):
-    """Presses the keys and gives the saved picture's path."""
-    before = page.locator("#gallery img").count()
+def fill(page, steps=3, **fields):
     page.locator("#settings input[type=number]").first.fill(str(steps))
     for name, value in fields.items():
         page.locator(f"#{name} :is(input, textarea)").first.fill(str(value))
-    page.locator("#prompt textarea").press("Control+Enter")
+
+
+def painted(page, path):
+    """Waits for the picture that is on its way, and saves it."""
     page.locator("#status .job").wait_for()
     page.locator("#status .job").wait_for(state="detached")
-    playwright.expect(page.locator("#gallery img")).not_to_have_count(before)
-
-
-def download(page, path):
-    source = page.locator("#gallery .preview img, #gallery img").first.get_attribute("src")
+    source = page.locator("#gallery img").first.get_attribute("src")
     path.write_bytes(page.request.get(source).body())
     return path
 
 
-def draw(page, canvas, *points):
-    canvas.get_by_role("button", name="Brush").first.click()
-    box = canvas.locator("canvas").first.bounding_box()
+def paint(page, path, **fields):
+    fill(page, **fields)
+    page.locator("#prompt textarea").press("Control+Enter")
+    return painted(page, path)
+
+
+def press(page, name):
+    """A click with nothing between it and what came before."""
+    page.evaluate("name => document.querySelector(name).click()", name)
+
+
+def draw(page, canvas, *points, lift=True):
+    layer = canvas.locator(".canvas-stage canvas")
+    layer.scroll_into_view_if_needed()
+    box = layer.bounding_box()
     centre = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     for i, (x, y) in enumerate(points):
         page.mouse.move(centre[0] + x, centre[1] + y, steps=4)
         if i == 0:
             page.mouse.down()
-    page.mouse.up()
+    if lift:
+        page.mouse.up()
+
+
+def ink(canvas):
+    """How much is painted on a canvas: the sum of its opacities."""
+    return canvas.locator(".canvas-stage canvas").evaluate(
+        "layer => layer.getContext('2d').getImageData(0, 0, layer.width, layer.height).data"
+        ".reduce((sum, level, i) => sum + (i % 4 === 3 ? level : 0), 0)"
+    )
+
+
+def pixels(path):
+    return Image.open(path).convert("RGB")
 
 
 def test_a_drawing_steers_and_its_picture_brings_the_settings_back(visit, tmp_path):
     page = visit()
-    paint(page, prompt="penguin", seed=7)
-    plain = download(page, tmp_path / "plain.png")
+    plain = paint(page, tmp_path / "plain.png", prompt="penguin", seed=7)
     page.get_by_role("button", name="Controls").click()
-    canvas = page.locator("#control-0-picture")
-    canvas.locator("canvas").first.wait_for()
-    draw(page, canvas, (-60, -60), (60, -60), (60, 60), (-60, 60), (-60, -60))
-    page.locator("#control-0 img").first.wait_for()  # what the net sees
-    paint(page)
-    drawn = download(page, tmp_path / "drawn.png")
+    draw(page, page.locator("#control-0-picture"), *SQUARE, lift=False)
+    press(page, "#paint")  # the pen is still down
+    drawn = painted(page, tmp_path / "drawn.png")
+    page.mouse.up()
     recipe = read_recipe(drawn)
     assert recipe.request.seeds == [7] and len(recipe.request.controls) == 1
-    assert Image.open(drawn).tobytes() != Image.open(plain).tobytes()
+    assert pixels(drawn).tobytes() != pixels(plain).tobytes()
+    page.locator("#control-0 img[alt*=net]").wait_for()  # what the net sees
+
+    plainly = page.locator("#gallery img").first.get_attribute("src")
+    page.locator("#overlay input").check()
+    expect(page.locator("#gallery img").first).not_to_have_attribute("src", plainly)
 
     other = visit()
     assert other.locator("#gallery img").count() == 0  # one does not see another's
     other.locator("#drop input[type=file]").set_input_files(drawn)
-    playwright.expect(other.locator("#prompt textarea")).to_have_value("penguin")
-    playwright.expect(other.locator("#seed input")).to_have_value("7")
-    other.locator("#control-0-picture canvas").first.wait_for()
-    paint(other)
-    assert Image.open(download(other, tmp_path / "again.png")).tobytes() == Image.open(drawn).tobytes()
+    expect(other.locator("#prompt textarea")).to_have_value("penguin")
+    expect(other.locator("#seed input")).to_have_value("7")
+    other.locator("#control-0-picture .canvas-stage img:visible").wait_for()
+    assert pixels(paint(other, tmp_path / "again.png")).tobytes() == pixels(drawn).tobytes()
+
+
+def test_a_picture_is_painted_over_only_where_the_mask_is_and_results_are_sent_on(visit, tmp_path):
+    page = visit()
+    page.get_by_role("button", name="Start from a picture").click()
+    canvas = page.locator("#init-picture")
+    photo = Image.open(EXAMPLES / "lollipop-reference.png").convert("RGB").resize((64, 64))
+    photo.save(tmp_path / "photo.png")
+    canvas.locator("input[type=file]").set_input_files(tmp_path / "photo.png")
+    canvas.locator(".canvas-stage img:visible").wait_for()
+    draw(page, canvas, (-20, -20), (20, 20))
+    result = paint(page, tmp_path / "result.png", prompt="red apple", seed=1)
+    mask = read_recipe(result).request.mask
+    assert mask is not None
+    difference = ImageChops.difference(pixels(result), photo).convert("L")
+    assert difference.crop((28, 28, 36, 36)).getbbox() and not difference.crop((0, 0, 64, 12)).getbbox()
+
+    page.locator("#to-init").click()
+    expect(canvas.locator("button[aria-label='Undo']")).to_be_disabled()  # it is another picture now
+    page.locator("#to-control").click()
+    page.locator("#control-0-picture .canvas-stage img:visible").wait_for()
+    page.locator("#to-image-prompt").click()
+    page.locator("#image-prompt-0-pictures img").first.wait_for()
+    sent = read_recipe(paint(page, tmp_path / "sent.png")).request
+    assert sent.init is not None and len(sent.controls) == len(sent.image_prompts) == 1
+
+
+def test_an_uploaded_reference_is_an_image_prompt(visit, tmp_path):
+    page = visit()
+    page.get_by_role("button", name="Image prompts").click()
+    page.locator("#image-prompt-0-pictures input[type=file]").set_input_files(EXAMPLES / "lotus-reference.png")
+    page.locator("#image-prompt-0-pictures img").first.wait_for()
+    request = read_recipe(paint(page, tmp_path / "made.png", prompt="cactus")).request
+    assert len(request.image_prompts) == 1 and not request.controls
 
 
 def test_cancel_and_faults(visit, tmp_path):
     page = visit()
     page.locator("#paint").click()
-    playwright.expect(page.get_by_role("alert")).to_have_text("Say what to paint first.")
-    page.locator("#prompt textarea").fill("red apple")
-    page.locator("#settings input[type=number]").first.fill("100")
+    expect(page.get_by_role("alert")).to_have_text("Say what to paint first.")
+    fill(page, steps=100, prompt="red apple")
     page.locator("#paint").click()
     page.locator("#status .job img").wait_for()
     page.locator("#cancel").click()
-    playwright.expect(page.locator("#status .note")).to_contain_text("Cancelled")
-    assert page.locator("#gallery img").count() == 0 and not page.locator("#cancel").is_visible()
+    expect(page.locator("#status .note")).to_contain_text("Cancelled")
+    assert page.locator("#gallery img").count() == 0
+    expect(page.locator("#cancel")).to_be_hidden()
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not a picture")
     page.locator("#drop input[type=file]").set_input_files(bad)
-    playwright.expect(page.get_by_role("alert")).to_contain_text("bad.png: not a readable picture")
+    expect(page.get_by_role("alert")).to_contain_text("bad.png: not a readable picture")
+    page.get_by_role("button", name="Controls").click()
+    canvas = page.locator("#control-0-picture")
+    canvas.locator("input[type=file]").set_input_files(bad)
+    expect(canvas.get_by_role("alert")).to_contain_text("no picture that the browser can show")
+    draw(page, canvas, *SQUARE)
+    expect(canvas.get_by_role("alert")).to_be_hidden()
 
 
-@pytest.mark.parametrize("locale, word", [("en-GB", "Paint"), ("zh-CN", "生成")])
-def test_a_phone_in_either_language(visit, locale, word):
-    page = visit(locale=locale, color_scheme="dark")
-    page.set_viewport_size({"width": 390, "height": 844})
-    playwright.expect(page.locator("#paint")).to_have_text(word)
-    page.locator("#example-control").click()
-    page.locator("#control-0-picture canvas").first.wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    unnamed = page.evaluate(
-        "[...document.querySelectorAll('button, input, textarea')].filter(e => e.checkVisibility()"
-        " && !(e.labels?.length || e.ariaLabel || e.title || e.innerText?.trim()"
-        " || e.querySelector('img')?.alt)).map(e => e.outerHTML)"
+def test_a_picture_counts_though_paint_is_pressed_while_it_is_being_read(visit, tmp_path):
+    page = visit()
+    page.get_by_role("button", name="Controls").click()
+    page.locator("#control-0-picture .canvas").wait_for()
+    fill(page, prompt="penguin", seed=7)
+    bytes_ = list((EXAMPLES / "penguin-drawing.png").read_bytes())
+    page.evaluate(
+        """bytes => {
+            const file = new File([new Uint8Array(bytes)], "drawing.png", { type: "image/png" });
+            document.querySelector("#control-0-picture .canvas").mahlstick.open(file);
+            document.querySelector("#paint").click();
+        }""",
+        bytes_,
     )
-    assert unnamed == []
+    assert len(read_recipe(painted(page, tmp_path / "made.png")).request.controls) == 1
+
+
+def test_the_tools_of_a_canvas(visit):
+    page = visit()
+    page.get_by_role("button", name="Controls").click()
+    canvas = page.locator("#control-0-picture")
+    canvas.locator(".canvas").wait_for()
+
+    def tool(name):
+        return canvas.get_by_role("button", name=name)
+
+    expect(tool("Clear")).to_be_disabled()
+    draw(page, canvas, *SQUARE)
+    square = ink(canvas)
+    draw(page, canvas, (-40, 0), (40, 0))
+    assert ink(canvas) > square > 0
+    tool("Eraser").click()
+    draw(page, canvas, (-50, 0), (50, 0))
+    assert ink(canvas) < square * 1.05
+    for _ in range(2):
+        page.keyboard.press("Control+z")
+    page.wait_for_timeout(300)
+    assert ink(canvas) == square
+    tool("Clear").focus()
+    page.keyboard.press("Enter")
+    expect(canvas.locator(".canvas-hint")).to_be_visible()
+    tool("Undo").click()
+    page.wait_for_timeout(300)
+    assert ink(canvas) == square
+
+    tool("Take a photo").click()
+    canvas.get_by_role("button", name="Take it").click()
+    shown = canvas.locator(".canvas-stage img:visible")
+    shown.wait_for()
+    photo = shown.get_attribute("src")
+    tool("Pen").focus()
+    page.evaluate(
+        """async photo => {
+            const file = new File([await (await fetch(photo)).blob()], "pasted.png", { type: "image/png" });
+            const data = new DataTransfer();
+            data.items.add(file);
+            document.activeElement.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }));
+        }""",
+        data_url(Image.open(EXAMPLES / "apple-drawing.png")),
+    )
+    expect(shown).not_to_have_attribute("src", photo)
+
+
+@pytest.fixture(scope="session")
+def axe(pytestconfig):
+    """The script of axe-core, installed once into pytest's cache."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("needs npm, for axe-core")
+    folder = Path(pytestconfig.cache.mkdir("axe"))
+    script = folder / "node_modules" / "axe-core" / "axe.min.js"
+    if not script.is_file():
+        install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", folder, AXE]
+        installed = subprocess.run(install, capture_output=True, text=True)
+        if installed.returncode:
+            pytest.skip(f"npm cannot install {AXE}: {installed.stderr.strip()[-200:]}")
+    return script.read_text()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_has_contrast_a_name_and_room(visit, axe, size, scheme):
+    page = visit(size=size, color_scheme=scheme, locale="zh-CN" if scheme == "dark" else "en-GB")
+    expect(page.locator("#paint")).to_have_text("生成" if scheme == "dark" else "Paint")
+    page.locator("#example-control").click()
+    page.locator("#control-0-picture .canvas-stage img:visible").wait_for()
+    page.locator("#image-prompts > button").click()
+    page.locator("#init > button").click()
+    page.locator("#init-picture .canvas").wait_for()
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    assert page.evaluate(OVERLAPS) == []
+    page.evaluate(axe)
+    found = page.evaluate("axe.run(document, { runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa'] })")
+    told = [f"{fault['id']}: {each['html'][:200]}" for fault in found["violations"] for each in fault["nodes"]]
+    assert told == []

@@ -35,7 +35,18 @@ def test_json_round_trip_of_the_first_days_request() -> None:
     written = json.loads(request.to_json())
     for spec, later in (
         (written["controls"][0], {"window": "steps"}),
-        (written["image_prompts"][0], {"window": "steps", "resize": "crop"}),
+        (
+            written["image_prompts"][0],
+            {
+                "window": "steps",
+                "resize": "crop",
+                "search": None,
+                "library": None,
+                "count": 1,
+                "least": None,
+                "found": [],
+            },
+        ),
     ):
         assert {name: spec.pop(name) for name in later} == later
     assert written == json.loads(FIRST_DAY)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.request import Spec
 
-TaskName = Literal["controlnet", "ip-adapter", "motion", "lora", "base", "vae", "clip"]
+TaskName = Literal["controlnet", "ip-adapter", "motion", "lora", "base", "vae", "clip", "captioner", "qformer"]
 Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
 
 # Peak learning rates that the papers and their programs use with Adam, for a batch of some dozens.
@@ -27,6 +27,8 @@ RATES: dict[TaskName, float] = {
     "base": 1e-4,
     "vae": 1e-4,
     "clip": 5e-4,  # 2103.00020, table 19
+    "captioner": 3e-4,  # 2201.12086, section 4.1
+    "qformer": 1e-4,  # 2301.12597, section 3.4
 }
 
 
@@ -42,7 +44,7 @@ class TrainConfig(Spec):
     start: str | None = Field(
         None,
         description="weights to go on from, instead of fresh ones; base, vae and clip go on from the base, or"
-        " from 'scratch'",
+        " from 'scratch'; an IP-Adapter also from the Q-Former that its projector begins with",
     )
 
     control: str | None = Field(None, description="folder of control pictures, named like the pictures")
@@ -51,14 +53,29 @@ class TrainConfig(Spec):
     )
     annotator_options: dict[str, Any] = Field({}, description="of the annotator, e.g. low=80")
     reference: str | None = Field(None, description="folder of reference pictures; left out, the pictures themselves")
-    image_encoder: str | None = Field(None, description="vision model for image prompts; left out, the base's own")
-    projector: Literal["linear", "resampler", "mlp"] = Field("linear", description="of an IP-Adapter")
-    tokens: int = Field(4, ge=1, le=1024, description="image tokens of an IP-Adapter")
-    depth: int = Field(4, ge=1, le=64, description="layers of a resampler")
-    heads: int = Field(12, ge=1, le=64, description="heads of a resampler, each 64 wide")
-    frames: int = Field(16, ge=2, le=256, description="of a clip (motion); the result knows no longer ones")
-    fps: float = Field(8, gt=0, le=240, description="frames a second taken from a video (motion); those of a folder are"
-        " taken as they are")  # fmt: skip
+    image_encoder: str | None = Field(None, description="CLIP, SigLIP or DINOv2 for image prompts (folder or hub id);"
+        " left out, the base's own")  # fmt: skip
+    image_layer: int | Literal["patches"] | None = Field(
+        None, description="hidden layer of it that patches are read from, -1 being the last; 'patches': the last"
+        " without class token; left out, -2"
+    )  # fmt: skip
+    projector: Literal[
+        "linear", "resampler", "mlp", "video", "concat", "cross_attention", "merger", "qformer", "instruct_qformer"
+    ] = Field(
+        "linear", description="of an IP-Adapter; video learns from clips, instruct_qformer reads the captions too"
+    )
+    tokens: int = Field(4, ge=1, le=1024, description="image tokens of an IP-Adapter, queries of a Q-Former")
+    depth: int = Field(4, ge=1, le=64, description="layers of a projector or a Q-Former")
+    heads: int = Field(12, ge=1, le=64, description="heads of a projector or a Q-Former, each 64 wide")
+    join: int = Field(4, ge=1, le=64, description="neighbouring patches of which concat makes a token")
+    tokenizer: str | None = Field(None, description="folder or hub id of the one with which a Q-Former reads; left out,"
+        " the base's own")  # fmt: skip
+    momentum: float = Field(0, ge=0, lt=1, description="of an average of a Q-Former's weights that softens targets;"
+        " 0.995 is usual, 0: off")  # fmt: skip
+    frames: int = Field(16, ge=2, le=256, description="of a clip (motion, projector video); a motion module knows no"
+        " longer ones")  # fmt: skip
+    fps: float = Field(8, gt=0, le=240, description="frames a second taken from a video (motion, projector video);"
+        " those of a folder are taken as they are")  # fmt: skip
     positions: Literal["sinusoidal", "learned", "rotary"] = Field(
         "sinusoidal", description="how a fresh motion module tells the frames apart"
     )
@@ -67,6 +84,7 @@ class TrainConfig(Spec):
         " itself, as AnimateDiff's own do"
     )  # fmt: skip
     decoder_only: bool = Field(False, description="a VAE's encoder stays, and with it the latents that a UNet knows")
+    locked_image: bool = Field(False, description="a CLIP's image encoder stays, and its text encoder learns to match")
     rank: int = Field(8, ge=1, le=1024, description="of a LoRA")
     train_text: bool = Field(False, description="a LoRA or a base learns in the text encoders too")
 
@@ -116,6 +134,12 @@ class TrainConfig(Spec):
             raise ValueError(f"train_text is for a base or a LoRA; a {self.task} learns without, so leave it out")
         if self.decoder_only and (self.task != "vae" or self.start == "scratch"):
             raise ValueError("decoder_only is for a vae that is not from scratch; leave it out")
+        if self.locked_image and (self.task != "clip" or self.start == "scratch"):
+            raise ValueError("locked_image is for a clip that is not from scratch; leave it out")
+        if self.momentum and self.task != "qformer":
+            raise ValueError("momentum is for a qformer; leave it out")
+        if self.tokenizer is not None and self.task != "qformer" and self.projector != "instruct_qformer":
+            raise ValueError("tokenizer is for what reads beside the base: a qformer, or projector instruct_qformer")
         if self.start == "scratch" and self.task not in ("base", "vae", "clip"):
             raise ValueError(f"start is 'scratch', but a {self.task} starts fresh by itself; leave it out")
         return self

@@ -42,7 +42,7 @@ from mahlstick.pipelines.recipe import fingerprint
 from mahlstick.pipelines.request import Scale, Seed, Side, Spec
 from mahlstick.pipelines.sheet import contact_sheet
 from mahlstick.pipelines.units import Control, ImagePrompt, Motion, Unit
-from mahlstick.training import data, metrics
+from mahlstick.training import data, judges, metrics
 from mahlstick.training.data import Example, Kind
 
 Array = np.ndarray[Any, Any]
@@ -71,6 +71,8 @@ _TITLES = {
     "frechet_distance": "FID",
     "psnr": "PSNR of the VAE (dB)",
     "text_wins": "text wins",
+    "itm": "ITM",
+    "vqa_accuracy": "VQA accuracy",
 }
 
 
@@ -102,6 +104,11 @@ class EvaluateConfig(Spec):
     judge: str | None = Field(None, description="a CLIP's folder or hub id; left out, the base's own image encoder")
     classifier: str | None = Field(None, description="an image classifier's folder or hub id, to name the pictures")
     features: str | None = Field(None, description="a vision model's folder or hub id, for likeness and FID")
+    matcher: str | None = Field(None, description="a BLIP, BLIP-2 or ViLT with a matching head: do words and picture"
+        " belong together")  # fmt: skip
+    asker: str | None = Field(None, description="a BLIP or ViLT that answers questions: does the caption follow from"
+        " the picture")  # fmt: skip
+    questions: str | None = Field(None, description="lines of JSON with questions for the asker, see `read_questions`")
 
     count: int | None = Field(None, ge=1, description="how many of the pictures, drawn by the seed; left out, all")
     resolution: Side | None = Field(None, description="of a side; left out, the base's own")
@@ -118,7 +125,9 @@ class EvaluateConfig(Spec):
                              ("image_encoder", "image_prompt")):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name} is given without {needed}; give both, or leave it out")
-        for name in ("control", "image_prompt", "classifier", "features"):
+        if self.questions is not None and self.asker is None:
+            raise ValueError("questions are given without asker, who answers them; give both, or leave them out")
+        for name in ("control", "image_prompt", "classifier", "features", "matcher", "asker"):
             if self.motion is not None and getattr(self, name) is not None:
                 raise ValueError(f"{name} is given with motion, which is judged alone; leave one of them out")
         return self
@@ -152,7 +161,7 @@ class Mean:
 class Evaluation:
     """What was found.
 
-    ``figures``: by measure (a function's name in `metrics`, or ``recall_at_1`` and so on) and column: ``without`` the
+    ``figures``: by measure (a name that `metrics.higher_is_better` knows) and column: ``without`` the
     adapters, ``with`` them if there are any, the ``difference`` picture by picture, and of the ``true`` pictures
     where that tells the ceiling. Of clips, by the names of `ClipFigures`: ``with``, ``true``, and the ``ratio`` of the
     two means. ``rows``: one for each picture or clip. ``notes``: sentences on what was left out and what to beware of.
@@ -358,6 +367,7 @@ class Painter:
     def paint(self, cases: Sequence[Case]) -> None:
         """Make and write all pictures of the cases, in one batch."""
         config = self.config
+        prompts, seeds = [case.caption for case in cases], [case.seed for case in cases]
         made = {TRUE: [data.fit(case.example.load(), self.size) for case in cases]}
         pairs = list(zip((case.example for case in cases), made[TRUE], strict=True))
         units: list[Unit] = []
@@ -367,9 +377,8 @@ class Painter:
         if self.adapter is not None:
             made["reference"] = [e.load("reference") if e.reference is not None else true for e, true in pairs]
             references = [[reference] for reference in made["reference"]]  # a group for each picture
-            units.append(ImagePrompt(self.adapter, references, scale=config.image_prompt_scale))
+            units.append(ImagePrompt(self.adapter, references, scale=config.image_prompt_scale, prompt=prompts))
         guidance = self._guidance
-        prompts, seeds = [case.caption for case in cases], [case.seed for case in cases]
         for column, clipped in ((WITHOUT, []), (WITH, units)):
             if column not in cases[0].files:
                 continue
@@ -542,8 +551,57 @@ def _text_wins(scores: Array, rivals: Sequence[tuple[int | None, int]]) -> Array
     )
 
 
+def measure_match(cases: Sequence[Case], matcher: judges.Matcher) -> dict[str, Values]:
+    """The matcher's score of each picture and its caption; NaN without one."""
+    return {matcher.measure: _of_worded(cases, lambda files, texts: matcher.scores(files, [[text] for text in texts]))}
+
+
+def measure_entailment(cases: Sequence[Case], asker: judges.Asker) -> dict[str, Values]:
+    """Whether the caption follows from the picture, and whether it is contradicted; what is neither is neutral."""
+    ways = _of_worded(cases, lambda files, texts: list(map(judges.ENTAILMENTS.index, asker.entailments(files, texts))))
+
+    def share(way: judges.Entailment) -> Values:
+        wanted = judges.ENTAILMENTS.index(way)
+        return {column: np.where(np.isnan(found), np.nan, found == wanted) for column, found in ways.items()}
+
+    return {"entailed": share("entailment"), "contradicted": share("contradiction")}
+
+
+def _of_worded(cases: Sequence[Case], judge: Callable[[list[Path], list[str]], Any]) -> Values:
+    """A number for each picture that has a caption, by column; NaN for the others."""
+    worded = [i for i, case in enumerate(cases) if case.caption.strip()]
+    found = {column: np.full(len(cases), np.nan) for column in judged(cases)}
+    for column, values in found.items():
+        if worded:
+            files, texts = [cases[i].files[column] for i in worded], [cases[i].caption for i in worded]
+            values[worded] = np.array(judge(files, texts), float).reshape(-1)
+    return found
+
+
+def measure_answers(
+    cases: Sequence[Case], asker: judges.Asker, questions: Sequence[judges.Question]
+) -> dict[str, Values]:
+    """The share of its questions that are answered right of each picture; NaN for one that none is about."""
+    pairs = [
+        (i, question.text.replace("{caption}", case.caption), question)
+        for i, case in enumerate(cases)
+        for question in questions
+        if question.name in (None, case.example.name) and ("{caption}" not in question.text or case.caption.strip())
+    ]
+    found = {column: np.full(len(cases), np.nan) for column in judged(cases)}
+    for column, values in found.items():
+        answers = asker.answers([cases[i].files[column] for i, _, _ in pairs], [text for _, text, _ in pairs])
+        right: dict[int, list[bool]] = {}
+        for (i, _, question), answer in zip(pairs, answers, strict=True):
+            right.setdefault(i, []).append(question.is_right(answer))
+        for i, of in right.items():
+            values[i] = np.mean(of)
+    return {"vqa_accuracy": found} if pairs else {}
+
+
 def measure_likeness(cases: Sequence[Case], features: Values) -> Values:
-    """`metrics.likeness` of each picture to its reference or true picture, over the features (N, d) by column."""
+    """The cosine of each picture and its reference or true picture, over the features (N, d) by column: CLIP-I by
+    another network, which had no part in making them."""
     wanted = features["reference" if "reference" in features else TRUE]
     return {column: metrics.cosines(features[column], wanted) for column in judged(cases) if column != TRUE}
 
@@ -611,6 +669,9 @@ def choose_judge(config: EvaluateConfig, pipe: Any) -> tuple[metrics.ClipJudge |
     """
     if config.judge is not None:
         return metrics.ClipJudge.load(config.judge, str(pipe.device)), []
+    if config.base == judges.EMBEDDED and judges.shipped_tower() is not None:
+        note = "CLIP-T, CLIP-I and recall are by the embedded CLIP, whose image encoder the embedded IP-Adapters read."
+        return judges.embedded_judge(str(pipe.device)), [note]
     encoder, processor = (getattr(pipe, name, None) for name in ("image_encoder", "feature_extractor"))
     if encoder is None or processor is None:
         return None, [f"CLIP-T, CLIP-I and recall are left out: {config.base} has no image encoder; name a judge."]
@@ -647,6 +708,27 @@ def choose_classifier(config: EvaluateConfig, examples: Sequence[Example], devic
     return found
 
 
+def choose_matcher(config: EvaluateConfig, device: str) -> judges.Matcher | None:
+    """The matcher, if one is given. Raises ``MahlstickError`` for a CLIP, whose scores are CLIP-T."""
+    found = judges.load_matcher(config.matcher, device) if config.matcher is not None else None
+    if found is not None and found.measure == "clip_t":
+        raise MahlstickError(f"matcher: {config.matcher} is a CLIP; give it as --judge, or a network with an ITM head")
+    return found
+
+
+def choose_questions(config: EvaluateConfig, examples: Sequence[Example]) -> list[judges.Question]:
+    """The questions, if a file of them is given. Raises ``MahlstickError`` for one that is about no picture."""
+    if config.questions is None:
+        return []
+    found, names = judges.read_questions(config.questions), {example.name for example in examples}
+    strange = [question.name for question in found if question.name not in (None, *names)]
+    if strange and config.count is None:
+        raise MahlstickError(
+            f"{config.questions}: {strange[0]!r} is no picture of {config.data}; give its path in there"
+        )
+    return found
+
+
 # ---- evaluate
 
 
@@ -665,6 +747,7 @@ def evaluate(
     """
     examples = choose_examples(config)
     _check(config, examples)
+    questions = choose_questions(config, examples)
     loader = loader or Loader()
     if config.motion is not None:
         return _evaluate_clips(Animator.load(config, loader, device, dtype), examples, progress)
@@ -672,6 +755,8 @@ def evaluate(
     judge, notes = choose_judge(config, painter.pipe)
     network = metrics.feature_network(config.features, str(painter.pipe.device)) if config.features else None
     classifier = choose_classifier(config, examples, str(painter.pipe.device))
+    matcher = choose_matcher(config, str(painter.pipe.device))
+    asker = judges.load_asker(config.asker, str(painter.pipe.device)) if config.asker else None
     cases = _painted(painter, examples, progress)
     found: dict[str, Values] = {}
     if config.annotator is not None:
@@ -681,6 +766,10 @@ def evaluate(
         found |= measure_pictures(cases, judge)
     if classifier is not None:
         found |= measure_names(cases, classifier)
+    if matcher is not None:
+        found |= measure_match(cases, matcher)
+    if asker is not None:
+        found |= measure_entailment(cases, asker) | measure_answers(cases, asker, questions)
     if not config.adapters and isinstance(painter.pipe.vae, AutoencoderKL):
         found["psnr"] = measure_vae(cases, painter.pipe)
     features = {}

@@ -173,6 +173,7 @@ class Loop:
             self.optimiser.step()
         if finite and not self.optimiser.step_was_skipped:
             progress.bad = 0
+            self.task.stepped()
             if self.average is not None:
                 self.average.update(progress.step)
         else:

@@ -47,6 +47,10 @@ _HIGHER_IS_BETTER = {
     "clip_i": True,
     "recall_at": True,
     "image_recall_at": True,
+    "itm": True,
+    "vqa_accuracy": True,
+    "entailed": True,
+    "contradicted": False,
     "named_at": True,
     "text_wins": True,
     "likeness": True,
@@ -265,7 +269,7 @@ class ClipJudge:
         if not hasattr(network, "get_text_features") or not hasattr(network, "get_image_features"):
             kind = type(network).__name__
             raise MahlstickError(f"{model!r} is a {kind}, which does not read both words and pictures; give a CLIP")
-        _refuse_untrained(model, missing)
+        refuse_untrained(model, missing)
 
         return cls(network, processor, _load_tokenizer(model))
 
@@ -324,7 +328,10 @@ def clip_t(images: ArrayLike, texts: ArrayLike) -> float:
 
 
 def clip_i(images: ArrayLike, references: ArrayLike) -> float:
-    """CLIP-I: the mean cosine of pictures (N, d) and their reference pictures (N, d), in [−1, 1]."""
+    """CLIP-I: the mean cosine of pictures (N, d) and their reference pictures (N, d), in [−1, 1].
+
+    Of features by another network than a CLIP (`feature_network`) evaluations call it ``likeness``.
+    """
     return float(cosines(images, references).mean())
 
 
@@ -370,12 +377,6 @@ def image_recall_at(k: int, texts: ArrayLike, images: ArrayLike, own: Sequence[i
     return float(np.mean(found))
 
 
-def likeness(images: ArrayLike, references: ArrayLike) -> float:
-    """The mean cosine of the features of pictures (N, d) and their references (N, d) by a network that had no part in
-    making them, in [−1, 1]; see `feature_network`."""
-    return float(cosines(images, references).mean())
-
-
 # ---- names
 
 
@@ -397,7 +398,7 @@ class Classifier:
     def load(cls, model: str, device: str = "cpu") -> Classifier:
         """From a folder or hub id."""
         network, processor, missing = _load(model, device, "AutoModelForImageClassification")
-        _refuse_untrained(model, missing)
+        refuse_untrained(model, missing)
         return cls(network, processor, tuple(name for _, name in sorted(network.config.id2label.items())))
 
     def scores(self, images: Sequence[PictureSource]) -> Array:
@@ -440,7 +441,7 @@ def feature_network(model: str, device: str = "cpu") -> Callable[[Sequence[Pictu
     certain Inception network.
     """
     network, processor, missing = _load(model, device)
-    _refuse_untrained(model, [key for key in missing if "pooler" not in key])
+    refuse_untrained(model, [key for key in missing if "pooler" not in key])
     see = getattr(network, "get_image_features", network)
 
     def features(images: Sequence[PictureSource]) -> Array:
@@ -539,7 +540,7 @@ def _load_tokenizer(model: str) -> Any:
     return weights.load(model, "a tokenizer of transformers", load)
 
 
-def _refuse_untrained(model: str, missing: Sequence[str] | set[str]) -> None:
+def refuse_untrained(model: str, missing: Sequence[str] | set[str]) -> None:
     """transformers fills missing weights with random numbers, and the features would mean nothing."""
     if missing:
         raise MahlstickError(f"{model!r} lacks the weights {min(missing)}; give a folder or hub id that has all")

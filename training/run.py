@@ -22,7 +22,7 @@ from mahlstick.training.checkpoint import write_whole
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example, split
 from mahlstick.training.loop import Loop, new_accelerator, out_of_memory
-from mahlstick.training.tasks import TASKS, Task
+from mahlstick.training.tasks import TASKS, Task, task_of
 
 NO_MEMORY = (
     "out of memory; try a smaller --micro-batch, --gradient-checkpointing, --precision bf16, a smaller --resolution, "
@@ -49,7 +49,7 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     learned, held_out = split(examples, config.held_out, config.seed)
     check_folder(config, learned)
     torch.manual_seed(config.seed)  # fresh layers start from random weights
-    task = TASKS[config.task](config, pipe)
+    task = task_of(config)(config, pipe)
     unet = task.frozen_unet()
     check_unet(config, unet)
     accelerator = new_accelerator(config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -20,14 +22,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mahlstick.adapters import qformer
 from mahlstick.adapters.controlnet import ControlNet
-from mahlstick.adapters.ip_adapter import IPAdapter, load_encoder
+from mahlstick.adapters.formats import inspect, write
+from mahlstick.adapters.image_encoder import ImageEncoder, checked_layer, load_encoder
+from mahlstick.adapters.ip_adapter import IPAdapter, load_tokenizer
+from mahlstick.adapters.load import load_qformer
 from mahlstick.adapters.motion import MotionAdapter
+from mahlstick.adapters.positions import sample_sparsely
+from mahlstick.adapters.projectors import Querying
+from mahlstick.adapters.qformer import ImageText
 from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.load import load_pipeline
 from mahlstick.pipelines.measures import measure_clip
 from mahlstick.pipelines.units import Control, ImagePrompt, Motion, Unit
-from mahlstick.training import data, metrics
+from mahlstick.training import alignment, data, metrics
+from mahlstick.training.captions import embedded
 from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import Example
 from mahlstick.training.evaluate import control_of, draw, guidance_of
@@ -98,6 +108,9 @@ class Task(nn.Module, ABC):
     def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
         """Figures on held-out examples, and rows of pictures to look at; by default none."""
         return {}, []
+
+    def stepped(self) -> None:
+        """The optimiser has taken a step."""
 
     def to_encode(self, device: torch.device) -> None:
         """Place the frozen modules for :meth:`encode`, in full precision."""
@@ -315,9 +328,10 @@ class DiffusionTask(Task):
 
 def _caption(features: Features, lot: float) -> Features:
     """One of the example's captions by a lot in [0, 1)."""
-    count = sum(name.startswith("text.") for name in features)
+    count = len({name.partition(".")[2] for name in features if "." in name})
     k = min(int(lot * count), count - 1)
-    return {name: features[f"{name}.{k}"] for name in ("text", "pooled", "text_2") if f"{name}.{k}" in features}
+    names = ("text", "pooled", "text_2", "words")
+    return {name: features[f"{name}.{k}"] for name in names if f"{name}.{k}" in features}
 
 
 class ControlNetTask(DiffusionTask):
@@ -374,36 +388,80 @@ class ControlNetTask(DiffusionTask):
 class IPAdapterTask(DiffusionTask):
     """An IP-Adapter on the frozen base (2308.06721): a projector, and keys and values beside the text's."""
 
+    reads = False  # the captions, in its projector
+
     def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
         super().__init__(config, pipe)
-        encoder, self.processor = self._encoder()
-        if config.start is not None:
-            self.adapter = IPAdapter.from_pretrained(config.start, dtype=torch.float32)
+        encoder, self.processor = image_encoder_of(config, self.pipe)
+        if config.start is None:
+            self.adapter = self._fresh(ImageEncoder(encoder, self.processor))
+        elif inspect(config.start).kind == "qformer":
+            self.adapter = self._on_qformer(config.start)
         else:
-            pooled = config.projector == "linear"
-            width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
-            self.adapter = IPAdapter.from_unet(
-                self.pipe.unet, config.projector, config.tokens, width, depth=config.depth, heads=config.heads
-            ).float()
+            self.adapter = IPAdapter.from_pretrained(config.start, dtype=torch.float32)
         self.adapter.use_encoder(encoder, self.processor)
         self.adapter.requires_grad_(True)
         self.frozen["image_encoder"] = encoder
-        self.nothing = self.adapter.features([Image.new("RGB", (8, 8))])[1][0].float()
+        if self.adapter.reads:
+            self.reads, self.adapter.tokenizer = True, tokenizer_of(config, self.pipe)
+            self.empty = self._text([""])[0]
+        black = [Image.new("RGB", (8, 8))] * self.adapter.config.get("frames", 1)
+        self.nothing = self.adapter.features(black)[1][0].float()
         self.attachment = self.adapter.attach(self.pipe.unet, torch.empty(0))
 
-    def _encoder(self) -> tuple[Any, Any]:
-        """The vision model and its image processor."""
-        if self.config.image_encoder is not None:
-            return load_encoder(self.config.image_encoder)
-        if getattr(self.pipe, "image_encoder", None) is None:
-            raise MahlstickError(f"image_encoder: {self.config.base} has none; give a vision model's folder or hub id")
-        return self.pipe.image_encoder, getattr(self.pipe, "feature_extractor", None)
+    @classmethod
+    def read(cls, config: TrainConfig) -> list[Example]:
+        """A projector for videos learns from clips."""
+        return data.read_dataset(config.data, kind="clips") if config.projector == "video" else super().read(config)
+
+    def _fresh(self, encoder: ImageEncoder, **sizes: Any) -> IPAdapter:
+        """An adapter of the config's sizes, or of others."""
+        config = self.config
+        layer = checked_layer(config.image_layer, config.projector == "linear")
+        given: dict[str, Any] = {
+            "tokens": config.tokens, "depth": config.depth, "heads": config.heads, "join": config.join,
+            "feature_dim": encoder.width(layer) or 0, "layer": config.image_layer,
+        }  # fmt: skip
+        if config.projector == "video":
+            seen = encoder.features([Image.new("RGB", (8, 8))], layer)
+            given |= {"frames": config.frames, "grid": math.isqrt(seen.shape[1])}
+        if config.projector == "instruct_qformer":
+            given |= words_of(tokenizer_of(config, self.pipe))
+        return IPAdapter.from_unet(self.pipe.unet, config.projector, **given | sizes).float()
+
+    def _on_qformer(self, start: str) -> IPAdapter:
+        """A fresh adapter whose projector begins with a Q-Former after its first stage (2301.12597, section 3.2)."""
+        projector, found = self.config.projector, load_qformer(start)
+        if projector not in ("qformer", "instruct_qformer"):
+            raise MahlstickError(f"start: {start} is a Q-Former; give --projector qformer or instruct_qformer")
+        known = found.config
+        if projector == "instruct_qformer" and not known["vocabulary"]:
+            raise MahlstickError(f"start: {start} is a Q-Former that does not read; give --projector qformer")
+        sizes = {name: known[name] for name in ("depth", "heads", "feature_dim", "vocabulary", "places")}
+        sizes |= {"tokens": known["queries"], "head_dim": known["width"] // known["heads"]}
+        adapter = self._fresh(ImageEncoder(*image_encoder_of(self.config, self.pipe)), **sizes)
+        learned, begun = found.qformer.state_dict(), cast(Querying, adapter.image_proj).qformer
+        try:
+            begun.load_state_dict({name: learned[name] for name in begun.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise MahlstickError(f"start: {start} is a Q-Former of a form that no projector has") from error
+        return adapter
 
     def settings(self) -> dict[str, Any]:
         processor = self.processor.to_dict() if self.processor is not None else None
-        pooled = self.adapter.image_proj.pooled
-        return super().settings() | {"image": fingerprint(self.frozen["image_encoder"]), "processor": processor,
-                                     "pooled": pooled}  # fmt: skip
+        layer, pooled = self.adapter.config["layer"], self.adapter.image_proj.pooled
+        found = {"image": fingerprint(self.frozen["image_encoder"]), "processor": processor,
+                 "pooled": pooled if layer is None else layer}  # fmt: skip
+        if self.reads:
+            found["words"] = vocabulary(self.adapter.tokenizer), self.adapter.config["places"]
+        return super().settings() | found
+
+    def _text(self, captions: list[str]) -> list[Features]:
+        """With the words for a projector that reads."""
+        found = super()._text(captions)
+        if not self.reads:
+            return found
+        return [text | {"words": row} for text, row in zip(found, self.adapter.words(captions), strict=True)]
 
     def _extra(self, example: Example, fitted: Image.Image) -> Features:
         return {"image": self.adapter.features([self._reference(example, fitted)])[0][0].float().cpu()}
@@ -422,27 +480,65 @@ class IPAdapterTask(DiffusionTask):
         return row
 
     def predict(self, noised: Tensor, t: Tensor, batch: Features, arguments: dict[str, Any]) -> Tensor:
-        self.attachment.use(self.adapter(batch["image"]))
+        self.attachment.use(self.adapter(batch["image"], batch.get("words")))
         return cast(Tensor, self.pipe.unet(noised, t, **arguments).sample)
 
     def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
         """Rows of reference and result, without words; the cosine of their features."""
-        rows = []
+        rows, alike = [], []
         self.attachment.detach()
         try:
             for seed, example in enumerate(examples):
-                reference = self._reference(example, self._fitted(example))
-                unit = ImagePrompt(self.adapter, reference)
-                size = data.nearest_bucket(reference.size, self.buckets)
-                rows.append([reference, self._draw(None, size, seed, unit)])
-            wanted, found = (self.adapter.features([row[i] for row in rows])[0].flatten(1) for i in (0, 1))
-            likeness = float(F.cosine_similarity(wanted, found).mean())
+                shown = self._shown(example)
+                made = self._draw(None, data.nearest_bucket(shown[0].size, self.buckets), seed, self._unit(shown))
+                rows.append([*evenly(shown, SHOWN), made])
+                wanted, found = (self.adapter.features(seen)[0].flatten(1) for seen in (shown, [made] * len(shown)))
+                alike.append(float(F.cosine_similarity(wanted, found).mean()))
         finally:
             self.attachment = self.adapter.attach(self.pipe.unet, torch.empty(0))
+        likeness = sum(alike) / len(alike)
         return {"likeness": likeness, SCORE: likeness}, rows
+
+    def _shown(self, example: Example) -> list[Image.Image]:
+        """What the adapter sees of an example."""
+        return [self._reference(example, self._fitted(example))]
+
+    def _unit(self, shown: list[Image.Image]) -> ImagePrompt:
+        return ImagePrompt(self.adapter, shown, prompt="")
 
     def save(self, folder: Path) -> None:
         self.adapter.save_pretrained(folder / "ip_adapter.safetensors")
+
+
+class VideoPromptTask(IPAdapterTask):
+    """An IP-Adapter whose projector reads a clip: each of the frames that it sees is learned from all of them."""
+
+    kind = "clips"
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"frames": self.config.frames, "fps": self.config.fps, "longest": LONGEST}
+
+    def _seen(self, example: Example) -> Features:
+        """The frames' latents (frames, channels, h, w) and features (frames, length, dim)."""
+        shown = self._shown(example)
+        size = data.nearest_bucket(shown[0].size, self.buckets)
+        fitted = [data.fit(frame, size) for frame in shown]
+        latents = torch.stack([self._latents(frame) for frame in fitted])
+        features = self.adapter.features(shown)[0][0].float().cpu()
+        return {"latents": latents, "image": features, **self._sizes(shown[0], fitted[0])}
+
+    def _shown(self, example: Example) -> list[Image.Image]:
+        frames = list(islice(example.frames(self.config.fps), LONGEST))
+        return [frames[place] for place in sample_sparsely(len(frames), self.adapter.config["frames"])]
+
+    def _unit(self, shown: list[Image.Image]) -> ImagePrompt:
+        return ImagePrompt(self.adapter, video=shown)
+
+    def draw(self, features: Features, random: torch.Generator) -> Features:
+        """One of the frames as the picture to learn."""
+        latents = features["latents"]
+        chosen = int(torch.randint(len(latents), (), generator=random))
+        return super().draw(features | {"latents": latents[chosen]}, random)
 
 
 class MotionTask(DiffusionTask):
@@ -731,7 +827,8 @@ class VAETask(Task):
 
 
 class CLIPTask(Task):
-    """Text and image towers, contrastively: symmetric InfoNCE with a learned temperature (2103.00020, figure 3)."""
+    """Text and image towers, contrastively: symmetric InfoNCE with a learned temperature (2103.00020, figure 3); the
+    text tower alone with ``locked_image`` (LiT, 2111.07991)."""
 
     whole_batch = True
 
@@ -747,28 +844,42 @@ class CLIPTask(Task):
                 part.from_pretrained(check_folder(config.start, name))
                 for part, name in ((type(text), "text_encoder"), (type(image), "image_encoder"))
             )
-        self.text, self.image = (net.float().train().requires_grad_(True) for net in (text, image))
+        self.text, image = text.float().train().requires_grad_(True), image.float()
+        if config.locked_image:
+            self.frozen = {"image_encoder": image}
+        else:
+            self.image = image.train().requires_grad_(True)
         self.log_scale = nn.Parameter(torch.tensor(2.6593))  # ln(1/0.07)
 
+    @property
+    def _image(self) -> Any:
+        return self.frozen["image_encoder"] if self.config.locked_image else self.image
+
     def settings(self) -> dict[str, Any]:
-        processor = self.pipe.feature_extractor.to_dict()
-        return {"clip": int(self.image.config.image_size), "processor": processor,
+        image = fingerprint(self._image) if self.config.locked_image else int(self._image.config.image_size)
+        return {"clip": image, "processor": self.pipe.feature_extractor.to_dict(),
                 "tokenizer": vocabulary(self.pipe.tokenizer)}  # fmt: skip
 
+    @torch.no_grad()
     def encode(self, examples: Sequence[Example]) -> list[Features]:
         pipe = self.pipe
         made = []
         for example in examples:
             pixels = pipe.feature_extractor(images=example.load(), return_tensors="pt")["pixel_values"][0]
+            seen = {"pixels": pixels}
+            if self.config.locked_image:
+                seen = {"image": self._image(pixel_values=pixels[None].to(self._image.device)).image_embeds[0]}
             ids = token_ids(pipe.tokenizer, list(example.captions))
-            made.append({"pixels": pixels, **{f"text.{k}": row for k, row in enumerate(ids)}})
+            made.append({**seen, **{f"text.{k}": row for k, row in enumerate(ids)}})
         return made
 
     def draw(self, features: Features, random: torch.Generator) -> Features:
-        return {"pixels": features["pixels"], **_caption(features, float(torch.rand((), generator=random)))}
+        row = {name: value for name, value in features.items() if "." not in name}
+        return row | _caption(features, float(torch.rand((), generator=random)))
 
     def forward(self, batch: Features) -> Tensor:
-        image = F.normalize(self.image(pixel_values=batch["pixels"]).image_embeds.float(), dim=-1)
+        seen = batch["image"] if self.config.locked_image else self.image(pixel_values=batch["pixels"]).image_embeds
+        image = F.normalize(seen.float(), dim=-1)
         text = F.normalize(self.text(batch["text"]).pooler_output.float(), dim=-1)
         # Validation runs in one process alone, which must not wait for the others.
         images, texts, first = gathered(image, text) if self.training else (image, text, 0)
@@ -779,11 +890,179 @@ class CLIPTask(Task):
 
     def save(self, folder: Path) -> None:
         """A folder that `metrics.ClipJudge` reads."""
-        parts = {"text_encoder": self.text, "image_encoder": self.image}
+        parts = {"text_encoder": self.text, "image_encoder": self._image}
         for name, part in (
             parts | {name: getattr(self.pipe, name) for name in ("tokenizer", "feature_extractor")}
         ).items():
             part.save_pretrained(folder / name)
+
+
+class CaptionerTask(Task):
+    """A small decoder that writes captions from the features of the base's frozen image encoder (2201.12086, 3.1)."""
+
+    def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
+        super().__init__(config, pipe)
+        encoder, tokenizer = getattr(self.pipe, "image_encoder", None), getattr(self.pipe, "tokenizer", None)
+        if encoder is None or tokenizer is None:
+            raise MahlstickError(f"base: {config.base} has no image encoder or no tokenizer; give a base that has both")
+        self.decoder = embedded.make_decoder(encoder, tokenizer)
+        if config.start is not None:
+            self.decoder = type(self.decoder).from_pretrained(check_folder(config.start, embedded.DECODER))
+        self.decoder.float().requires_grad_(True)
+        self.frozen = {"image_encoder": encoder}
+
+    def settings(self) -> dict[str, Any]:
+        encoder, processor = fingerprint(self.frozen["image_encoder"]), self.pipe.feature_extractor.to_dict()
+        return {"captioner": encoder, "processor": processor, "tokenizer": vocabulary(self.pipe.tokenizer)}
+
+    @torch.no_grad()
+    def encode(self, examples: Sequence[Example]) -> list[Features]:
+        encoder = self.frozen["image_encoder"]
+        pictures = [example.load() for example in examples]
+        pixels = self.pipe.feature_extractor(images=pictures, return_tensors="pt")["pixel_values"]
+        seen = embedded.features_of(encoder, pixels.to(encoder.device, encoder.dtype)).half()
+        made = []
+        for example, features in zip(examples, seen, strict=True):
+            ids = token_ids(self.pipe.tokenizer, list(example.captions))
+            made.append({"features": features, **{f"text.{k}": row for k, row in enumerate(ids)}})
+        return made
+
+    def draw(self, features: Features, random: torch.Generator) -> Features:
+        return {"features": features["features"], **_caption(features, float(torch.rand((), generator=random)))}
+
+    def forward(self, batch: Features) -> Tensor:
+        return embedded.loss_of(self.decoder, batch["features"], batch["text"])
+
+    def save(self, folder: Path) -> None:
+        """A folder that ``mahlstick caption --model`` reads."""
+        parts = {embedded.DECODER: self.decoder, **{name: getattr(self.pipe, name) for name in embedded.PARTS}}
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+
+
+class QFormerTask(Task):
+    """A Q-Former's first stage on a frozen image encoder: contrast, match and caption (2301.12597, section 3.1)."""
+
+    whole_batch = True
+    CONTRAST_DIM = 256
+
+    def __init__(self, config: TrainConfig, pipe: Any = None) -> None:
+        super().__init__(config, pipe)
+        if config.batch < 2:
+            raise MahlstickError("batch: a qformer tells pictures of a batch apart; give at least 2")
+        encoder, self.processor = image_encoder_of(config, self.pipe)
+        self.tokenizer = tokenizer_of(config, self.pipe)
+        self.layer = checked_layer(config.image_layer, False)
+        self.frozen = {"image_encoder": encoder}
+        self.net = ImageText(self._sizes()).float().requires_grad_(True)
+        if config.start is not None:  # which may lack heads, or all that reads
+            self.net.load_state_dict(self._begun.state_dict(), strict=False)
+        self.log_scale = nn.Parameter(torch.tensor(2.6593))  # ln(1/0.07)
+        self.slow = copy.deepcopy(self.net).requires_grad_(False) if config.momentum else None
+
+    @cached_property
+    def _begun(self) -> ImageText:
+        return load_qformer(cast(str, self.config.start))
+
+    def _sizes(self) -> dict[str, Any]:
+        config, words = self.config, words_of(self.tokenizer)
+        heads = {"contrast_dim": self.CONTRAST_DIM, "match": True, "caption": True}
+        if config.start is not None:
+            known = {name: value for name, value in self._begun.config.items() if value}
+            return self._begun.config | words | heads | known
+        width = ImageEncoder(self.frozen["image_encoder"], self.processor).width(self.layer)
+        return {
+            "feature_dim": width, "queries": config.tokens, "depth": config.depth, "heads": config.heads,
+            "width": 64 * config.heads, "inner": 256 * config.heads, "every": 2, **words, **heads,
+        }  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        processor = self.processor.to_dict() if self.processor is not None else None
+        return {"image": fingerprint(self.frozen["image_encoder"]), "processor": processor, "layer": self.layer,
+                "words": [vocabulary(self.tokenizer), self.net.config["places"]]}  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, examples: Sequence[Example]) -> list[Features]:
+        encoder, made = ImageEncoder(self.frozen["image_encoder"], self.processor), []
+        for example in examples:
+            seen = encoder.features([example.load()], self.layer)[0].float().cpu()
+            made.append({"image": seen, **{f"words.{k}": row for k, row in enumerate(self._words(example.captions))}})
+        return made
+
+    def _words(self, captions: Sequence[str]) -> Tensor:
+        known = self.net.config
+        return qformer.token_ids(self.tokenizer, captions, known["vocabulary"], known["places"])
+
+    def draw(self, features: Features, random: torch.Generator) -> Features:
+        lots = torch.rand(3, generator=random)
+        return {"image": features["image"], "lots": lots[1:], **_caption(features, float(lots[0]))}
+
+    def forward(self, batch: Features) -> Tensor:
+        image, words, net = batch["image"], batch["words"], self.net
+        pictures, texts = net.images(image), net.texts(words)
+        others = {"image": image, "words": words, "pictures": pictures, "texts": texts}
+        if self.training:  # validation runs in one process alone, which must not wait for the others
+            # In one go: two gatherings through which gradients flow back may have theirs mixed up.
+            vectors = everywhere(torch.cat([pictures, texts[:, None]], dim=1))
+            others = {"image": everywhere(image), "words": everywhere(words), "pictures": vectors[:, :-1],
+                      "texts": vectors[:, -1]}  # fmt: skip
+        own = alignment.same_words(words, others["words"])
+        scale = self.log_scale.exp().clamp(max=100)
+        by_image, by_text = (scale * found for found in both_ways(pictures, texts, others))
+        soft, said = self._soft(batch, others, scale)
+        wanted = (alignment.targets(own, soft and soft[0]), alignment.targets(own, soft and soft[1]))
+        itc = alignment.contrast(by_image, by_text, wanted)
+        itg = alignment.wording(net.next_words(image, words), words, said)
+        return itc + self._matching(batch, others, own, by_image.detach(), by_text.detach()) + itg
+
+    def _matching(self, batch: Features, others: Features, own: Tensor, by_image: Tensor, by_text: Tensor) -> Tensor:
+        """ITM ``(B,)``: each pair, its picture with a wrong text, and its text with a wrong picture."""
+        image, words = batch["image"], batch["words"]
+        text, there = alignment.hard_negatives(by_image, own, batch["lots"][:, 0])
+        picture, _ = alignment.hard_negatives(by_text, own, batch["lots"][:, 1])
+        logits = self.net.matches(
+            torch.cat([image, image, others["image"][picture]]), torch.cat([words, others["words"][text], words])
+        )
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        labels[: len(image)] = 1
+        right, *wrong = F.cross_entropy(logits, labels, reduction="none").chunk(3)
+        return (right + there * (wrong[0] + wrong[1])) / (1 + 2 * there)
+
+    @torch.no_grad()
+    def _soft(
+        self, batch: Features, others: Features, scale: Tensor
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """What the slow model says: similarities both ways, and logits of the words."""
+        if self.slow is None:
+            return None, None
+        pictures, texts = self.slow.images(batch["image"]), self.slow.texts(batch["words"])
+        slow = {"pictures": self.slow.images(others["image"]), "texts": self.slow.texts(others["words"])}
+        by_image, by_text = (scale * found for found in both_ways(pictures, texts, slow))
+        return (by_image, by_text), self.slow.next_words(batch["image"], batch["words"])
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        if self.slow is not None:
+            for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(fast, 1 - self.config.momentum)
+
+    @torch.no_grad()
+    def sample(self, examples: Sequence[Example]) -> tuple[dict[str, float], list[list[Image.Image]]]:
+        """How many of a few pictures find their own caption among all of theirs."""
+        image = torch.stack([row["image"] for row in self.encode(examples)]).to(self.device)
+        words = self._words([example.captions[0] for example in examples]).to(self.device)
+        nearest = qformer.similarity(self.net.images(image), self.net.texts(words)).argmax(dim=1)
+        found = (words[nearest] == words).all(dim=1).float().mean()
+        return {"recall_at_1": float(found)}, []
+
+    def save(self, folder: Path) -> None:
+        write(folder, "qformer", self.net.config, self.net.state_dict())
+
+
+def both_ways(pictures: Tensor, texts: Tensor, others: Features) -> tuple[Tensor, Tensor]:
+    """Similarities of pictures to all texts and of texts to all pictures, ``(B, N)`` each."""
+    to_texts = qformer.similarity(pictures, others["texts"])
+    return to_texts, qformer.similarity(others["pictures"], texts).T
 
 
 TASKS: dict[str, type[Task]] = {
@@ -794,7 +1073,46 @@ TASKS: dict[str, type[Task]] = {
     "base": BaseTask,
     "vae": VAETask,
     "clip": CLIPTask,
+    "captioner": CaptionerTask,
+    "qformer": QFormerTask,
 }
+
+
+def task_of(config: TrainConfig) -> type[Task]:
+    """The task that a config asks for."""
+    return VideoPromptTask if (config.task, config.projector) == ("ip-adapter", "video") else TASKS[config.task]
+
+
+def image_encoder_of(config: TrainConfig, pipe: Any) -> tuple[Any, Any]:
+    """The vision model that the config names, or the base's, and its image processor."""
+    if config.image_encoder is not None:
+        return load_encoder(config.image_encoder)
+    if getattr(pipe, "image_encoder", None) is None:
+        raise MahlstickError(f"image_encoder: {config.base} has none; give a vision model's folder or hub id")
+    return pipe.image_encoder, getattr(pipe, "feature_extractor", None)
+
+
+def tokenizer_of(config: TrainConfig, pipe: Any) -> Any:
+    """The tokenizer that the config names, or the base's."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    if getattr(pipe, "tokenizer", None) is None:
+        raise MahlstickError(f"tokenizer: {config.base} has none; give the folder of one")
+    return pipe.tokenizer
+
+
+def words_of(tokenizer: Any) -> dict[str, int]:
+    """How many words a Q-Former knows, [DEC] beside the tokenizer's, and how many it reads."""
+    return {"vocabulary": len(tokenizer) + 1, "places": min(tokenizer.model_max_length, qformer.LONGEST)}
+
+
+def everywhere(rows: Tensor) -> Tensor:
+    """(B, …) with the rows of all processes, gradients flowing back to each."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows.contiguous()))
 
 
 def gathered(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, int]:

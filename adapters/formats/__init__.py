@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mahlstick.adapters.formats import controlnet, motion, motion_lora, sparse_control
+from mahlstick.adapters.formats import controlnet, motion, motion_lora, qformer, sparse_control
 from mahlstick.adapters.formats.bases import base_by_widths, base_of, cross_attention_widths, require_fit
 from mahlstick.adapters.formats.checkpoint import (
     METADATA_KEY,
@@ -140,12 +140,13 @@ def write(
 ) -> Path:
     """Write an adapter in the layout that diffusers or the original repository reads; returns the folder or file.
 
-    ``path`` is one file if it ends in .safetensors, else a folder. In a folder, all but an IP-Adapter lie in layout
-    ``diffusers`` as diffusers' ``from_pretrained`` reads them; everything else is the one file
+    ``path`` is one file if it ends in .safetensors, else a folder. In a folder, all but an IP-Adapter and a Q-Former
+    lie in layout ``diffusers`` as diffusers' ``from_pretrained`` reads them; everything else is the one file
     ``<kind>.safetensors``. In layout ``original`` a ControlNet's keys are ``control_model.*``, a motion module's and a
     SparseCtrl encoder's those of AnimateDiff; an IP-Adapter's are the same either way, since diffusers'
-    ``load_ip_adapter`` reads the original layout. A file's metadata keep the config. Raises MahlstickError, before
-    anything is written, if the weights do not match the config, or the name asks for another format.
+    ``load_ip_adapter`` reads the original layout, and a Q-Former's always those of transformers' BLIP-2. A file's
+    metadata keep the config. Raises MahlstickError, before anything is written, if the weights do not match the config,
+    or the name asks for another format.
     """
     target = Path(path).expanduser()
     wanted = _kind(kind)
@@ -158,7 +159,7 @@ def write(
         _require_match(state_dict, wanted.expected(whole))
     except MahlstickError as error:
         raise MahlstickError(f"{target} was not written: {error}.") from error
-    if kind != "ip_adapter" and layout == "diffusers" and target.suffix != ".safetensors":
+    if kind not in ("ip_adapter", "qformer") and layout == "diffusers" and target.suffix != ".safetensors":
         return save_folder(target, state_dict, whole, wanted.class_name)
     if kind == "controlnet" and layout == "original":
         translated = controlnet.to_original(state_dict, whole)
@@ -167,6 +168,8 @@ def write(
         state_dict = motion.to_original(state_dict)
     if kind == "sparse_controlnet" and layout == "original":
         state_dict = sparse_control.to_original(state_dict)
+    if kind == "qformer":
+        state_dict = qformer.to_transformers(state_dict)
     file = target if target.suffix == ".safetensors" else target / f"{kind}.safetensors"
     return save_tensors(file, state_dict, whole)
 
@@ -219,7 +222,7 @@ def _stored_config(kind: Kind, checkpoint: Checkpoint) -> Mapping[str, Any]:
 def _base(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     if "cross_attention_dim" in config:
         return base_of(config["cross_attention_dim"], config.get("addition_embed_type") == "text_time")
-    if config:
+    if "block_out_channels" in config:
         return base_by_widths(config["block_out_channels"])
     widths = (value.shape[1] for name, value in tensors.items() if name.endswith("attn2.to_k.weight"))
     return base_of(next(widths, None))

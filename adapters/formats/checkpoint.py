@@ -239,7 +239,7 @@ def _refuse_what_is_no_checkpoint(file: Path) -> None:
         raise MahlstickError(f"{file} is empty: download it again.")
     if start.startswith(b"version https://git-lfs"):
         raise MahlstickError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` or download the file.")
-    if start.lstrip().startswith(b"<"):
+    if start.lstrip().startswith(b"<") and start[8:9] != b"{":  # a header's length may begin with that byte too
         raise MahlstickError(f"{file} is a web page, not weights: download the file itself, not the page around it.")
     if start[8:9] != b"{" and start[:4] != b"PK\x03\x04" and start[:1] != b"\x80":
         raise MahlstickError(f"{file} is not a checkpoint: it is neither safetensors nor a PyTorch file.")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mahlstick.adapters import projectors
 from mahlstick.errors import MahlstickError
 
 # Published resamplers have heads of 64 channels; the file cannot tell.
@@ -17,6 +18,8 @@ _HEAD_WIDTH = 64
 # A video projector's table of positions has a row for every patch of every frame; the file cannot tell one from the
 # other. Eight frames are usual.
 _FRAMES = 8
+# MiniGPT-v2 joins four patches; the file cannot tell.
+_JOIN = 4
 # The published MLP projector ("full") takes all hidden states of a ViT-H/14: 256 patches and the class token.
 _MLP_TOKENS = 257
 
@@ -110,7 +113,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str, instead: str) -> dict[str
 
 
 # Fields in which the shapes have their say, whatever is given.
-_READ_OFF = ("heads", "head_dim", "layers", "frames", "grid")
+_READ_OFF = ("heads", "head_dim", "layers", "frames", "grid", "join")
 
 
 def config_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def config_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[s
         raise MahlstickError("it lacks the attention weights ip_adapter.1.to_k_ip.weight and following")
     shapes = {name.removeprefix("image_proj."): tuple(value.shape) for name, value in tensors.items()}
     config = _projector_of(shapes, given) | {"layers": {index: hidden[index] for index in sorted(hidden, key=int)}}
-    return config | {name: value for name, value in given.items() if name not in _READ_OFF}
+    return config | {"layer": None} | {name: value for name, value in given.items() if name not in _READ_OFF}
 
 
 def _projector_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,13 +145,23 @@ def _projector_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any
             return _resampler_of(shapes, given)
         if "pool.latents" in shapes:
             return _video_of(shapes, given)
+        if "joined.weight" in shapes:
+            return _concat_of(shapes, given)
+        if "queries" in shapes:
+            return {"projector": "cross_attention", "tokens": shapes["queries"][1], **_projected(shapes, given)}
+        if "merge.0.weight" in shapes:
+            return {"projector": "merger", "depth": _count(shapes, "blocks"), **_projected(shapes, given, "merge.2")}
+        if "qformer.queries" in shapes:
+            return _qformer_of(shapes, given)
     except KeyError as error:
         raise MahlstickError(f"its projector lacks image_proj.{error.args[0]}") from error
     except IndexError as error:
         raise MahlstickError("its projector has weights of too few dimensions") from error
     raise MahlstickError(
         "its projector is none of linear (image_proj.proj.weight), resampler (image_proj.latents), mlp "
-        "(image_proj.proj.3.weight) and video (image_proj.pool.latents)"
+        "(image_proj.proj.3.weight), video (image_proj.pool.latents), concat (image_proj.joined.weight), "
+        "cross_attention (image_proj.queries), merger (image_proj.merge.0.weight) and qformer "
+        "(image_proj.qformer.queries)"
     )
 
 
@@ -158,7 +171,7 @@ def _resampler_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any
         "tokens": shapes["latents"][1],
         "feature_dim": shapes["proj_in.weight"][1],
         "cross_attention_dim": shapes["proj_out.weight"][0],
-        "depth": len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
+        "depth": _count(shapes, "layers"),
         **_heads_of(shapes["layers.0.0.to_q.weight"][0], given),
     }
 
@@ -178,19 +191,69 @@ def _video_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -
         "tokens": shapes["pool.latents"][1],
         "feature_dim": shapes["proj_in.weight"][1],
         "cross_attention_dim": shapes["pool.proj_out.weight"][0],
-        "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "depth": _count(shapes, "blocks"),
         **_heads_of(shapes["proj_in.weight"][0], given),
         "frames": frames if known else None,
         "grid": grid if known else None,
     }
 
 
+def _concat_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    cross, joined = shapes["joined.weight"]
+    join = given.get("join") or _JOIN
+    known = isinstance(join, int) and join > 0 and joined % join == 0
+    return {
+        "projector": "concat",
+        "join": join if known else None,
+        "feature_dim": joined // join if known else None,
+        "cross_attention_dim": cross,
+    }
+
+
+def _projected(
+    shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any], last: str = "proj_out"
+) -> dict[str, Any]:
+    """What a first and a last layer tell."""
+    width, features = shapes["proj_in.weight"]
+    cross = shapes[f"{last}.weight"][0]
+    return {"feature_dim": features, "cross_attention_dim": cross, **_heads_of(width, given)}
+
+
+def _qformer_of(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    _, tokens, width = shapes["qformer.queries"]
+    config: dict[str, Any] = {
+        "projector": "qformer",
+        "tokens": tokens,
+        "feature_dim": shapes["qformer.blocks.0.look.to_k.weight"][1],
+        "cross_attention_dim": shapes["proj_out.weight"][0],
+        "depth": _count(shapes, "qformer.blocks"),
+        **_heads_of(width, given),
+    }
+    if "qformer.words.weight" not in shapes:
+        return config
+    words = {"vocabulary": shapes["qformer.words.weight"][0], "places": shapes["qformer.places.weight"][0]}
+    return {**config, "projector": "instruct_qformer", **words}
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], layers: str) -> int:
+    return len({name[len(layers) + 1 :].split(".")[0] for name in shapes if name.startswith(f"{layers}.")})
+
+
+def _width(tensors: Mapping[str, Tensor]) -> int:
+    """Of a projector that has heads."""
+    if "image_proj.proj_in.weight" in tensors:
+        return tensors["image_proj.proj_in.weight"].shape[0]
+    return tensors["image_proj.qformer.queries"].shape[2]
+
+
 def check_heads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise MahlstickError unless the heads of a resampler or video projector are known and divide its width, and so
-    a video projector's frames and the rows of its table."""
-    if config["projector"] not in ("resampler", "video"):
+    """Raise MahlstickError unless the heads of a projector that has some are known and divide its width, and so a video
+    projector's frames and the rows of its table, and how many patches are joined."""
+    if config["projector"] == "concat" and config["join"] is None:
+        raise MahlstickError("the file cannot tell how many patches its projector joins: give join=")
+    if "heads" not in config:
         return
-    width = tensors["image_proj.proj_in.weight"].shape[0]
+    width = _width(tensors)
     if not config["heads"] or config["heads"] * config["head_dim"] != width:
         raise MahlstickError(
             f"the file cannot tell the heads of its {config['projector']} projector ({width} channels): give heads="
@@ -263,4 +326,20 @@ def _video(config: Mapping[str, Any]) -> _Shapes:
     return shapes | {f"pool.{name}": shape for name, shape in pool.items()}
 
 
-_PROJECTORS = {"linear": _linear_projector, "mlp": _mlp_projector, "resampler": _resampler, "video": _video}
+def _ours(config: Mapping[str, Any]) -> _Shapes:
+    """Of projectors that nobody has published for an IP-Adapter: as we build them."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in projectors.build(dict(config)).state_dict().items()}
+
+
+_PROJECTORS = {
+    "linear": _linear_projector,
+    "mlp": _mlp_projector,
+    "resampler": _resampler,
+    "video": _video,
+    "concat": _ours,
+    "cross_attention": _ours,
+    "merger": _ours,
+    "qformer": _ours,
+    "instruct_qformer": _ours,
+}

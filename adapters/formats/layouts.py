@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mahlstick.adapters.formats import controlnet, ip_adapter, motion, sparse_control
+from mahlstick.adapters.formats import controlnet, ip_adapter, motion, qformer, sparse_control
 
 Translate = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -93,6 +93,14 @@ KINDS = {
         motion.expected,
         motion.check_heads,
     ),
+    "qformer": Kind(
+        "a Q-Former",
+        "QFormer",
+        "query_tokens and qformer.encoder.layer.* (transformers)",
+        qformer.config_of,
+        qformer.expected,
+        qformer.check_heads,
+    ),
 }
 
 _NO_UNET = "it is not made for a UNet of Stable Diffusion, load it with diffusers"
@@ -102,8 +110,18 @@ _MOTION = "load it with MotionAdapter.from_pretrained"
 _MOTION_LORA = ("a motion LoRA", "merge it into a motion module with module.with_lora(path)")
 _ANY = "load it with load_adapter"
 _IP_ADAPTER = "load it with IPAdapter.from_pretrained"
+_QFORMER = "begin an IP-Adapter with it: mahlstick train ip-adapter --projector qformer --start"
 
 _SPARSE = r"controlnet_(cond_embedding|down_blocks)\."
+
+
+def _annotator(name: str) -> tuple[str, str]:
+    """Title and way out of the weights of an annotator that is here."""
+    return (
+        f"a network of the annotator {name}",
+        f"give it the file's folder: mahlstick annotate {name} PICTURE -o model=FOLDER",
+    )
+
 
 # The first match counts, so what holds another's keys and more stands before it.
 LAYOUTS = (
@@ -261,6 +279,22 @@ LAYOUTS = (
         ip_adapter.from_diffusers,
         keep=r"encoder_hid_proj\.image_projection_layers\.|.*_ip\.",
     ),
+    Layout(
+        "qformer",
+        "transformers",
+        (r"^query_tokens$", r"^qformer\.encoder\.layer\.0\.crossattention\."),
+        "a Q-Former",
+        _QFORMER,
+        qformer.from_transformers,
+        keep=qformer.MEMBERS,
+    ),
+    Layout("annotator", "controlnet-aux", (r"^block1\.convs\.", r"^block5\.projection\."), *_annotator("softedge")),
+    Layout("annotator", "controlnet-aux", (r"^model0\.1\.", r"^model4\.1\."), *_annotator("lineart_realistic")),
+    Layout("annotator", "controlnet-aux", (r"^backbone\.features\.", r"^block23\."), *_annotator("mlsd")),
+    Layout("annotator", "transformers", (r"^neck\.(reassemble|fusion)_stage\.",), *_annotator("depth")),
+    Layout("annotator", "transformers", (r"^decode_head\.", r"^backbone\."), *_annotator("segmentation")),
+    Layout("annotator", "original", (r"^scratch\.refinenet",), "a depth network of MiDaS", "use the annotator depth"),
+    Layout("annotator", "original", (r"^Mconv1_stage",), "a pose network of OpenPose", "use the annotator pose"),
     Layout("t2i_adapter", "original", (r"^(adapter\.)?body\.\d+\.",), "a T2I-Adapter", _NOT_YET),
     Layout(
         "base",

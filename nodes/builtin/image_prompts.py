@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mahlstick.adapters.base import Clock, Window
+from mahlstick.adapters.image_encoder import pooled
 from mahlstick.adapters.ip_adapter import ImageAttachment, cross_attentions
 from mahlstick.adapters.ip_adapter import IPAdapter as Adapter
 from mahlstick.errors import MahlstickError
@@ -198,7 +199,7 @@ def see(vision: ClipVision, image: Tensor, crop: bool = True, mask: Tensor | Non
         pixels = pixels * _square(mask, side)[:, None]
     with torch.no_grad():
         found = encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True)
-    states = (found.last_hidden_state, found.image_embeds, found.hidden_states[-2])
+    states = (found.last_hidden_state, pooled(found), found.hidden_states[-2])
     return Seen(*(each.float().cpu() for each in states))
 
 

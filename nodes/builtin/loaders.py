@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from mahlstick.adapters.formats.checkpoint import open_checkpoint
-from mahlstick.adapters.ip_adapter import load_encoder
+from mahlstick.adapters.image_encoder import load_encoder
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders
 from mahlstick.nodes.sampling.models import model_from_pipeline, model_from_unet

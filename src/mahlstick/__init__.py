@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from mahlstick.adapters.ip_adapter import IPAdapter as IPAdapter
     from mahlstick.adapters.load import load_adapter as load_adapter
     from mahlstick.adapters.motion import MotionAdapter as MotionAdapter
+    from mahlstick.adapters.receptive import receptive_fields as receptive_fields
     from mahlstick.pipelines.animate import Animation as Animation
     from mahlstick.pipelines.animate import animate as animate
     from mahlstick.pipelines.attach import attach as attach
+    from mahlstick.pipelines.compare import Comparison as Comparison
+    from mahlstick.pipelines.compare import compare as compare
     from mahlstick.pipelines.generate import Result as Result
     from mahlstick.pipelines.generate import generate as generate
     from mahlstick.pipelines.generate import replay as replay
+    from mahlstick.pipelines.library import Library as Library
     from mahlstick.pipelines.load import load_pipeline as load_pipeline
     from mahlstick.pipelines.request import Request as Request
     from mahlstick.pipelines.request import VideoRequest as VideoRequest
@@ -42,11 +46,13 @@ _HOMES = {
     "Attachment": "adapters.base",
     "load_adapter": "adapters.load",
     "inspect": "adapters.formats",
+    "receptive_fields": "adapters.receptive",
     "Control": "pipelines.units",
     "ImagePrompt": "pipelines.units",
     "Motion": "pipelines.units",
     "PromptTravel": "pipelines.units",
     "attach": "pipelines.attach",
+    "Library": "pipelines.library",
     "load_pipeline": "pipelines.load",
     "Request": "pipelines.request",
     "Result": "pipelines.generate",
@@ -54,6 +60,8 @@ _HOMES = {
     "VideoRequest": "pipelines.request",
     "Animation": "pipelines.animate",
     "animate": "pipelines.animate",
+    "Comparison": "pipelines.compare",
+    "compare": "pipelines.compare",
     "replay": "pipelines.generate",
 }
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from mahlstick.errors import MahlstickError
 
 PROGRAM = "mahlstick"
 INTERRUPTED = 130
+WORDS = "?"  # before what is searched in a library, where else a picture's name stands
 
 app = typer.Typer(
     name=PROGRAM,
@@ -39,6 +41,12 @@ BaseConfig = Annotated[
 ]
 ImageEncoder = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="The vision model for --image-prompt, where the base brings none.")
+]
+LibraryFile = Annotated[
+    str | None, typer.Option("--library", metavar="FILE", help="Of pictures, to search.  [default: library.sqlite]")
+]
+Least = Annotated[
+    float | None, typer.Option(help="How similar to the words a find must be, up to 1; left out, the nearest is taken.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.  [default: 20]")]
 Guidance = Annotated[
@@ -118,9 +126,15 @@ def generate(
     ] = None,
     image_prompt: Annotated[
         list[str] | None,
-        typer.Option(metavar="[ADAPTER=]PICTURE[:SCALE]", help="Take after a reference picture. May be repeated."),
+        typer.Option(
+            metavar="[ADAPTER=]PICTURE[:SCALE]",
+            help="Take after a reference picture, or with ?WORDS in its place after the one that the words find in a"
+            " library. May be repeated.",
+        ),
     ] = None,
     image_encoder: ImageEncoder = None,
+    library: LibraryFile = None,
+    least: Least = None,
     seed: Annotated[int | None, typer.Option(help="The same seed makes the same picture.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -163,7 +177,7 @@ def generate(
         "strength": strength,
         "mask": mask,
         "controls": [_control(text) for text in control or []],
-        "image_prompts": [{**_image_prompt(text), "image_encoder": image_encoder} for text in image_prompt or []],
+        "image_prompts": _image_prompts(image_prompt or [], image_encoder, library, least),
         **_size(size),
     }
     fields = {**_fields(request), **{name: value for name, value in given.items() if value not in (None, [])}}
@@ -205,6 +219,13 @@ def _generate(
         return
     for path, used in zip(paths, seeds, strict=True):
         typer.echo(f"{path}  seed {used}{'  (replaced)' if existed else ''}")
+    _tell_found(result.recipe.request.image_prompts)
+
+
+def _tell_found(image_prompts: Sequence[Any]) -> None:
+    for spec in image_prompts:
+        for found in spec.found:
+            typer.echo(f"{found.file}  was found for {spec.search!r}", err=True)
 
 
 def _check_request_file(path: str | None) -> None:
@@ -254,13 +275,29 @@ def _net(text: str) -> dict[str, str]:
     return {"adapter": text}
 
 
+def _image_prompts(
+    texts: list[str], image_encoder: str | None, library: str | None, least: float | None
+) -> list[dict[str, Any]]:
+    specs = [{**_image_prompt(text), "image_encoder": image_encoder} for text in texts]
+    if (library, least) != (None, None) and not any("search" in spec for spec in specs):
+        raise MahlstickError('--library, --least: are for --image-prompt "?WORDS"; give that too, or leave them out')
+    return [spec | {"library": library, "least": least} if "search" in spec else spec for spec in specs]
+
+
 def _image_prompt(text: str) -> dict[str, Any]:
     adapter, equals, rest = text.partition("=")
     whole = _picture_and_scale(text)
-    if not equals or os.path.exists(whole["picture"]):
-        return {"images": [whole.pop("picture")], **whole}
-    spec = _picture_and_scale(rest)
-    return {"adapter": adapter, "images": [spec.pop("picture")], **spec}
+    if not equals or text.startswith(WORDS) or os.path.exists(whole["picture"]):
+        return _reference(whole)
+    return {"adapter": adapter, **_reference(_picture_and_scale(rest))}
+
+
+def _reference(spec: dict[str, Any]) -> dict[str, Any]:
+    """``fox.png``, or ``?watercolour fox``: words that find a picture."""
+    picture = spec.pop("picture")
+    if picture.startswith(WORDS) and not os.path.exists(picture):
+        return {"search": picture.removeprefix(WORDS).strip(), **spec}
+    return {"images": [picture], **spec}
 
 
 @app.command()
@@ -303,10 +340,13 @@ def animate(
         list[str] | None,
         typer.Option(
             metavar="[ADAPTER=]PICTURE[:SCALE]",
-            help="Take after a reference picture, or each frame after its own of a video. May be repeated.",
+            help="Take after a reference picture, or each frame after its own of a video, or with ?WORDS after a"
+            " picture of a library. May be repeated.",
         ),
     ] = None,
     image_encoder: ImageEncoder = None,
+    library: LibraryFile = None,
+    least: Least = None,
     init: Annotated[str | None, typer.Option(metavar="VIDEO", help="Repaint this video.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of --init is repainted, 0 to 1.")] = None,
     audio: Annotated[
@@ -372,7 +412,7 @@ def animate(
         "frames": frames,
         "fps": fps,
         "controls": [_control(text) for text in control or []],
-        "image_prompts": [{**_image_prompt(text), "image_encoder": image_encoder} for text in image_prompt or []],
+        "image_prompts": _image_prompts(image_prompt or [], image_encoder, library, least),
         "init": init,
         "strength": strength,
         "audio": audio,
@@ -412,6 +452,7 @@ def _animate(
         facts = {"path": str(made.path), "frames": settled.frames, "fps": settled.fps, "seed": settled.seed}
         typer.echo(json.dumps(facts | {"windows": made.windows, "figures": figures}))
         return
+    _tell_found(settled.image_prompts)
     windows = f", in windows of {made.windows[0]} that share {made.windows[1]}" if made.windows else ""
     typer.echo(f"{made.path}  {settled.frames} frames, {settled.fps:g} a second, seed {settled.seed}{windows}")
     typer.echo("  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None))
@@ -508,16 +549,33 @@ def _option(text: str) -> tuple[str, Any]:
 def inspect(
     path: Annotated[str, typer.Argument(help="Weights (file, folder or hub id), or a PNG that mahlstick made.")],
     tensors: Annotated[bool, typer.Option(help="List every tensor with its shape.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Say what each convolution of a ControlNet or of a UNet's encoder sees.")
+    ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="With --layers: of the control picture, or of a UNet's latents.  [default: 512x512, 64x64]",
+        ),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Say what weights are, or what made a PNG.
 
     Weights are read from their header alone.
 
-    Example:
+    Examples:
 
       mahlstick inspect control_v11p_sd15_canny.pth
+
+      mahlstick inspect lineart --layers --size 128x128
     """
+    if layers:
+        _inspect_layers(path, size, json_output)
+        return
+    if size is not None:
+        raise MahlstickError("--size: is for --layers; give both, or neither")
     if path.lower().endswith(".png"):
         _inspect_picture(path, json_output)
         return
@@ -543,6 +601,43 @@ def inspect(
     typer.echo(f"{'tensors':<10}  {len(info.tensors):,}")
     for name, shape in listed.items() if isinstance(listed, dict) else ():
         typer.echo(f"  {name}  {tuple(shape)}")
+
+
+def _inspect_layers(source: str, size: str | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from mahlstick.adapters.receptive import receptive_fields_of
+    from mahlstick.pipelines.load import adapter_path, embedded_folder
+
+    sides = _size(size)
+    place = str(embedded_folder()) if source == "embedded" else adapter_path(source)
+    layers = receptive_fields_of(place, (sides["height"], sides["width"]) if sides else None)
+    if as_json:
+        typer.echo(json.dumps([asdict(layer) for layer in layers], indent=2))
+        return
+    rows: list[tuple[str, ...]] = [
+        ("layer", "kernel", "stride", "padding", "dilation", "output", "jump", "field", "start")
+    ]
+    for layer in layers:
+        numbers = (layer.kernel, layer.stride, layer.padding, layer.dilation, layer.size, layer.jump, layer.field)
+        told = [f"{a:g}" if a == b else f"{a:g}x{b:g}" for a, b in (*numbers, layer.start)]
+        told[4] = "{}x{}".format(*layer.size)
+        told[6] += " *" if layer.whole else ""
+        rows.append((layer.name, *told))
+    _print_table(rows)
+    typer.echo(
+        "\nHeight x width where they differ. jump: inputs between two outputs; field: inputs that one output sees;"
+    )
+    typer.echo("start: the middle of the first output's field, counted from the first input.")
+    if any(layer.whole for layer in layers):
+        typer.echo("*  behind an attention, which sees the whole picture; the number is of the convolutions alone.")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of cells in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip())
 
 
 def _inspect_picture(path: str, as_json: bool) -> None:
@@ -760,6 +855,104 @@ def train(context: typer.Context) -> None:
 
 
 @app.command()
+def caption(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Pictures, with captions or without.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder or hub id of a BLIP, BLIP-2, InstructBLIP, LLaVA, Qwen2-VL, Florence-2, GIT or another"
+            " captioner; 'none' writes no captions.  [default: embedded]",
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the captioner is told; left out, as suits it.")] = None,
+    captions: Annotated[
+        int | None,
+        typer.Option(help="Of a picture; several are drawn, a single one is the likeliest.  [default: 1]"),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of a caption at most.  [default: 60]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of drawing: less is surer.  [default: 1.0]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest up to this.  [default: 0.9]")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same captions.")] = None,
+    existing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Of pictures that have captions: add to them, skip these pictures, or replace what is learned.  "
+            "[default: add]",
+        ),
+    ] = None,
+    unnamed: Annotated[
+        bool, typer.Option("--unnamed", help="Caption pictures too that metadata.jsonl does not name yet.")
+    ] = False,
+    filtered: Annotated[
+        str | None,
+        typer.Option(
+            "--filter",
+            metavar="JUDGE",
+            help="Score the captions: a CLIP, a SigLIP, a BLIP, BLIP-2 or ViLT with a matching head, or 'embedded'.",
+        ),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Drop captions that score less.")] = None,
+    quantile: Annotated[float | None, typer.Option(help="Drop this share of the captions instead, e.g. 0.2.")] = None,
+    report: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The filter's report.  [default: caption-report]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures at once.  [default: 8]")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_output: Json = False,
+) -> None:
+    """Write captions for pictures, and drop those that do not fit.
+
+    Writes metadata.jsonl into the folder, which mahlstick train reads. Captions that were there are kept beside, and so
+    are those that a filter drops. Given again, the command goes on where it stopped, and asks no model twice.
+
+    Examples:
+
+      mahlstick caption my_pictures
+
+      mahlstick caption my_pictures --model path/to/blip --captions 4 --filter path/to/clip --quantile 0.2
+
+      mahlstick caption my_pictures --model none --filter path/to/blip-itm --threshold 0.5
+
+    docs/seeing.md says more.
+    """
+    given = {
+        "model": model,
+        "prompt": prompt,
+        "captions": captions,
+        "tokens": tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "existing": existing,
+        "unnamed": unnamed,
+        "filter": filtered,
+        "threshold": threshold,
+        "quantile": quantile,
+        "report": report,
+        "batch": batch,
+    }
+    from mahlstick.training.captions.run import CaptionConfig
+    from mahlstick.training.captions.run import caption as write
+
+    config = CaptionConfig(data=folder, **{name: value for name, value in given.items() if value is not None})
+    _quiet_libraries()
+    done = write(config, device=device, dtype=dtype, progress=sys.stderr.isatty() and not json_output)
+    if json_output:
+        typer.echo(done.to_json())
+        return
+    typer.echo(f"{folder}/metadata.jsonl  {_counted(done.kept, 'caption')} of {_counted(done.pictures, 'picture')}")
+    if done.outcome is not None:
+        typer.echo(
+            f"{done.outcome.dropped} of {_counted(done.outcome.captions, 'caption')} dropped; look at {done.report}"
+        )
+    if done.skipped:
+        typer.echo(f"{_counted(len(done.skipped), 'picture')} could not be read", err=True)
+
+
+@app.command()
 def evaluate(
     pictures: Annotated[
         str | None,
@@ -814,6 +1007,17 @@ def evaluate(
     features: Annotated[
         str | None, typer.Option(metavar="NETWORK", help="Folder or hub id of a vision model, for likeness and FID.")
     ] = None,
+    matcher: Annotated[
+        str | None,
+        typer.Option(metavar="NETWORK", help="A BLIP, BLIP-2 or ViLT with a matching head: do picture and words fit?"),
+    ] = None,
+    asker: Annotated[
+        str | None,
+        typer.Option(metavar="NETWORK", help="A BLIP or ViLT that answers questions: does the caption follow?"),
+    ] = None,
+    questions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Lines of JSON with questions for --asker, and right answers.")
+    ] = None,
     count: Annotated[int | None, typer.Option(help="How many of the pictures or clips; left out, all.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels of a side; left out, the base's own.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures at once.  [default: 4]")] = None,
@@ -862,6 +1066,9 @@ def evaluate(
         "judge": judge,
         "classifier": classifier,
         "features": features,
+        "matcher": matcher,
+        "asker": asker,
+        "questions": questions,
         "count": count,
         "resolution": resolution,
         "batch": batch,
@@ -882,10 +1089,7 @@ def evaluate(
     if json_output:
         typer.echo(found.to_json())
         return
-    table = found.table()
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        typer.echo("  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip())
+    _print_table(found.table())
     typer.echo("".join(f"\n{note}" for note in found.notes))
     typer.echo(f"\nLook at {found.report} and the contact sheet beside it.")
 
@@ -899,7 +1103,190 @@ def _evaluated(field: str, text: str | None) -> dict[str, Any]:
     return {field: spec.pop("adapter"), f"{field}_scale": whole.get("scale"), **spec}
 
 
-@app.command("app", hidden=True)  # its canvas may still lose a drawing that was made a moment ago
+libraries = typer.Typer(
+    name="library",
+    help="""Keep pictures that words or a likeness find, for image prompts.
+
+    Example:
+
+      mahlstick library add my_pictures
+
+      mahlstick library search "watercolour fox" --show grid.png
+
+      mahlstick generate -p "a lighthouse" --image-prompt "?watercolour fox:0.6"
+
+    Each picture's features and captions are kept in one file; the pictures stay where they are.""",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+app.add_typer(libraries)
+
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Folder or hub id of a CLIP, SigLIP or DINOv2; left out, the library's, and of a new one the embedded.",
+    ),
+]
+
+
+@libraries.command("add")
+def library_add(
+    pictures: Annotated[list[str], typer.Argument(help="Folders of pictures, or pictures.")],
+    into: Annotated[
+        str, typer.Option("--into", "--library", metavar="FILE", help="The library, which need not be there yet.")
+    ] = "library.sqlite",
+    encoder: Encoder = None,
+    device: Device = None,
+    json_output: Json = False,
+) -> None:
+    """Add pictures, with their captions.
+
+    Captions come from metadata.jsonl or from a .txt beside each picture, as in training. What is known is not encoded
+    again, so the command given again adds what is new, and goes on where it was stopped.
+
+    Example:
+
+      mahlstick library add my_pictures fox.png --into styles.sqlite
+    """
+    from mahlstick.pipelines.library import Library
+
+    given = _with_captions(pictures)
+    _quiet_libraries()
+    library = Library(into, encoder, device)
+    report = library.add(given, progress=sys.stderr.isatty() and not json_output)
+    for name, reason in report.skipped:
+        _complain(f"warning: {name} is left out: {reason}")
+    if json_output:
+        typer.echo(json.dumps({"library": into, "pictures": len(library), **vars(report)}))
+    else:
+        told = f"{_counted(report.added, 'picture')} added, {report.changed} changed, {report.known} known"
+        typer.echo(f"{into}  {told}, {len(library)} in all")
+    if report.skipped and not report.added + report.changed + report.known:
+        raise MahlstickError(f"none of {_counted(len(given), 'picture')} could be read; see the warnings")
+
+
+def _with_captions(sources: list[str]) -> dict[Path, tuple[str, ...]]:
+    """Pictures with their captions, from folders as training reads them, and from single files."""
+    from mahlstick.training.data import FileSource, read_dataset
+
+    found: dict[Path, tuple[str, ...]] = {}
+    for source in map(Path, sources):
+        if source.is_dir():
+            for example in read_dataset(source):
+                if not isinstance(example.picture, FileSource) or example.picture.size >= 0:
+                    raise MahlstickError(f"{source}: its pictures are no files of their own; unpack them into a folder")
+                found[example.picture.path] = example.captions
+        elif source.is_file():
+            side = source.with_suffix(".txt")
+            found[source] = tuple(side.read_text(encoding="utf-8").splitlines()) if side.is_file() else ()
+        else:
+            raise MahlstickError(f"{source}: no such picture or folder; check the path")
+    return found
+
+
+@libraries.command("search")
+def library_search(
+    words: Annotated[str | None, typer.Argument(help='What to look for, e.g. "watercolour fox".')] = None,
+    like: Annotated[str | None, typer.Option(metavar="PICTURE", help="Look for pictures like this one.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 9,
+    least: Annotated[float | None, typer.Option(help="How similar they must be, up to 1.")] = None,
+    show: Annotated[str | None, typer.Option(metavar="FILE", help="Write the finds into this .png.")] = None,
+    library: LibraryFile = None,
+    encoder: Encoder = None,
+    device: Device = None,
+    json_output: Json = False,
+) -> None:
+    """Find pictures by words, by likeness, or by both.
+
+    With a CLIP or SigLIP, words are compared with pictures and captions; with the embedded encoder or a DINOv2, they
+    find captions that hold them. The numbers are cosines, comparable within one library only.
+
+    Examples:
+
+      mahlstick library search "watercolour fox" --show grid.png
+
+      mahlstick library search --like fox.png --least 0.8
+    """
+    from mahlstick.pipelines.library import LIBRARY, Library, grid
+
+    _quiet_libraries()
+    hits = Library(library or LIBRARY, encoder, device).search(words, like, count, least)
+    if show is not None and hits:
+        from mahlstick.pictures import save_png
+
+        save_png(grid(hits), show)
+    if json_output:
+        facts = ("name", "sha256", "captions", "state", "similarities")
+        rows = [{name: getattr(hit, name) for name in facts} | {"file": str(hit.file)} for hit in hits]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    if not hits:
+        raise MahlstickError(f"nothing in {library or LIBRARY} reaches --least {least:g}; give a smaller one")
+    kinds = sorted({kind for hit in hits for kind in hit.similarities})
+    table = [("picture", *(kinds if len(kinds) > 1 else ["similarity"]), "caption")]
+    for hit in hits:
+        numbers = (f"{hit.similarities[kind]:.2f}" if kind in hit.similarities else "" for kind in kinds)
+        table.append((_with_state(hit), *numbers, "; ".join(hit.captions)[:80]))
+    _print_table(table)
+
+
+def _with_state(entry: Any) -> str:
+    return entry.name if entry.state == "here" else f"{entry.name} ({entry.state})"
+
+
+@libraries.command("list")
+def library_list(library: LibraryFile = None, json_output: Json = False) -> None:
+    """Show what a library holds, and which pictures are missing or changed.
+
+    Example:
+
+      mahlstick library list --library styles.sqlite
+    """
+    from mahlstick.pipelines.library import LIBRARY, Library
+
+    entries = Library(library or LIBRARY).pictures()
+    if json_output:
+        facts = ("name", "sha256", "captions", "state")
+        rows = [{name: getattr(entry, name) for name in facts} | {"file": str(entry.file)} for entry in entries]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    if entries:
+        _print_table([(_with_state(entry), "; ".join(entry.captions)[:80]) for entry in entries])
+    lost = {state: sum(entry.state == state for entry in entries) for state in ("missing", "changed")}
+    told = "".join(f", {count} {state}" for state, count in lost.items() if count)
+    typer.echo(f"{_counted(len(entries), 'picture')}{told}", err=True)
+    if told:
+        _complain("library add takes changed pictures anew; library remove --missing forgets those that are gone")
+
+
+@libraries.command("remove")
+def library_remove(
+    pictures: Annotated[
+        list[str] | None, typer.Argument(help="Pictures, folders of them, or the beginnings of their sha256.")
+    ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="All whose files are gone.")] = False,
+    library: LibraryFile = None,
+    json_output: Json = False,
+) -> None:
+    """Take pictures out of a library; their files stay.
+
+    Example:
+
+      mahlstick library remove fox.png
+    """
+    from mahlstick.pipelines.library import LIBRARY, Library
+
+    if not pictures and not missing:
+        raise MahlstickError("library remove: name pictures, or give --missing")
+    removed = Library(library or LIBRARY).remove(pictures or [], missing)
+    if json_output:
+        typer.echo(json.dumps({"removed": removed}))
+        return
+    typer.echo(f"{_counted(len(removed), 'picture')} removed")
+
+
+@app.command("app")
 def page(
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     listen: Annotated[bool, typer.Option("--listen", help="Listen to the whole network: --host 0.0.0.0.")] = False,
@@ -907,6 +1294,9 @@ def page(
     auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="Ask for it before anything.")] = None,
     models: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Base models and adapters to choose from, beside the embedded.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Its folders of pictures may be trained on.")
     ] = None,
     out: Annotated[str, typer.Option(metavar="FOLDER", help="The folder for the pictures.")] = "out",
     device: Device = None,
@@ -921,7 +1311,7 @@ def page(
     from mahlstick.page.app import serve
 
     _quiet_libraries()
-    serve("0.0.0.0" if listen else host, port, auth, models, out, device, dtype)
+    serve("0.0.0.0" if listen else host, port, auth, models, out, device, dtype, data)
 
 
 def _quiet_libraries() -> None:

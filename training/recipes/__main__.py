@@ -27,6 +27,7 @@ JUDGED = {"concepts": "concept", "styles": "style", "colours": "colour"}
 
 STAGES = {
     "pictures": "fetch the packages with npm and write the folders of pictures",
+    "named": "write the captions that name what is shown, for the captioner",
     "clips": "fetch the packages of animations with npm (730 MB, one at a time) and write the folders of clips",
     "judges": "teach MobileNetV2 to name concepts, styles and colours of real pictures",
     "start": "write the model to begin with: fresh nets, or the UNet and the text encoder of --known",
@@ -50,6 +51,7 @@ ORDER = """pictures, judges, start,
   mahlstick train --config training/recipes/base.toml, adopt-base,
   the same with controlnet.toml, ip-adapter.toml and ip-adapter-plus.toml,
   clips, mahlstick train --config training/recipes/motion.toml,
+  named, mahlstick train --config training/recipes/captioner.toml,
   examples, assemble, figures, card, gallery.
 
 All of it lies in .cache/recipes below the folder where the commands are given. What was trained on an earlier model of
@@ -89,6 +91,8 @@ def do(args: argparse.Namespace) -> None:
     model, stage, figures = CACHE / "model", args.stage, ASSETS / "embedded" / "figures.json"
     if stage == "pictures":
         emoji.write(emoji.load(CACHE), CACHE / "pictures")
+    elif stage == "named":
+        emoji.write_named(written())
     elif stage == "clips":
         clips.write(CACHE, emoji.load(CACHE).concepts)
     elif stage == "judges":
@@ -124,15 +128,20 @@ def write_card(figures: Path) -> None:
     (figures.parent / "MODEL_CARD.md").write_text(text, encoding="utf-8")
 
 
+def written() -> Path:
+    """The folder of the folders of pictures. Raises ``MahlstickError`` where they are not there yet."""
+    if not (CACHE / "pictures" / "learn").is_dir():
+        raise MahlstickError(f"{CACHE / 'pictures' / 'learn'} is missing; do the stage pictures first")
+    return CACHE / "pictures"
+
+
 def teach_judges() -> None:
     """Judges from the real pictures that training sees.
 
     How often they are right is taken on pairs of concept and style that they do not learn, one in ten of those beside
     the shaded style, so that every name is learned.
     """
-    folder = CACHE / "pictures" / "learn"
-    if not folder.is_dir():
-        raise MahlstickError(f"{folder} is missing; do the stage pictures first")
+    folder = written() / "learn"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     labels = {name: [row[fact] for row in rows] for name, fact in JUDGED.items()}
     others = [row["style"] != SHADED and zlib.crc32(f"{row['concept']} {row['style']}".encode()) % 10 == 0

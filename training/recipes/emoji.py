@@ -257,6 +257,18 @@ def _write_learn(atlas: Atlas, below: Path, rng: random.Random) -> None:
     folder.close()
 
 
+def write_named(below: Path) -> None:
+    """The folder ``named`` beside ``learn``: its pictures where they lie, without the captions in words that nothing is
+    called, which a captioner must not learn to write."""
+    rows = [json.loads(line) for line in (below / "learn" / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        plain = row["file_name"].endswith("-00.png")
+        row |= {"file_name": f"../learn/{row['file_name']}", "text": row["text"] if plain else row["text"][:-1]}
+    folder = _Folder(below, "named", ())
+    folder.rows = [json.dumps(row) for row in rows]
+    folder.close()
+
+
 def _write_unseen(atlas: Atlas, below: Path) -> None:
     concepts, pairs = _Folder(below, "unseen", ("lineart", "glyph", "mask")), _Folder(below, "pairs", ())
     plain = Variant()

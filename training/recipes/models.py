@@ -145,8 +145,12 @@ def make_tokenizer(captions: list[str], folder: Path, vocabulary: int = 1600) ->
 
 
 def start(out: Path, concepts: Sequence[Concept], known: Path | None) -> None:
-    """Write the pipeline folder that the trainings begin with: fresh nets, but for the UNet, the text encoder and the
-    tokenizer of ``known``, an earlier model, where one is given."""
+    """Write the pipeline folder that the trainings begin with: fresh nets; or where ``known``, an earlier model, is
+    given, all that it has, or of one for other latents its UNet, text encoder and tokenizer."""
+    if known and AutoencoderKL.load_config(known, subfolder="vae")["latent_channels"] == LATENTS:
+        StableDiffusionPipeline.from_pretrained(known, safety_checker=None).save_pretrained(out)
+        copy_vocabulary(known, out)
+        return
     unet = widened(UNet2DConditionModel.from_pretrained(known, subfolder="unet")) if known else make_unet()
     if known:
         tokenizer = CLIPTokenizer.from_pretrained(known, subfolder="tokenizer")

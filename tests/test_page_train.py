@@ -1,0 +1,243 @@
+"""Training from the page: what may be learned from, and a run that is begun, stopped, found again and finished."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import psutil
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+from benchmarks import tiny
+from mahlstick.errors import MahlstickError
+from mahlstick.page import datasets
+from mahlstick.page.history import History
+from mahlstick.page.jobs import Cancelled, Jobs
+from mahlstick.page.models import Models, trained
+from mahlstick.page.runs import Run, runs
+from mahlstick.page.train import Train
+from mahlstick.training.config import TrainConfig
+
+PATIENCE = 300  # seconds
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "shapes").mkdir()
+    for i in range(4):
+        (folder / "shapes" / f"{i}.png").write_bytes(shape(i))
+        (folder / "shapes" / f"{i}.txt").write_text("a round thing\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.quiet(StableDiffusionPipeline(**tiny.components("sd1"))).save_pretrained(folder / "tiny")
+    return folder
+
+
+@pytest.fixture
+def tab(pictures: Path, models: Path, tmp_path: Path) -> Any:
+    jobs, session = Jobs(device="cpu"), gr.BrowserState(None)
+    with gr.Blocks():
+        net = gr.Dropdown([])
+        found = Train(Models(models), jobs, History(tmp_path / "s"), session, pictures, "cpu", [("nets", net)])
+    yield found
+    found.close()
+    jobs.close()
+
+
+def shape(i: int) -> bytes:
+    picture, buffer = Image.new("RGB", (tiny.SIZE, tiny.SIZE), "white"), io.BytesIO()
+    ImageDraw.Draw(picture).ellipse((2 * i, 2 * i, 2 * i + 30, 2 * i + 30), fill=(60 * i, 90, 200 - 40 * i))
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def values(tab: Train, session: str = "mine", **changes: Any) -> dict[Any, Any]:
+    """What the browser sends: what it was shown, but for ``changes``."""
+    own = {name: getattr(tab, name) for name in ("task", "data", "control", "reference", "annotator", "name", "base")}
+    own |= {name: getattr(tab, name) for name in ("steps", "batch", "rate", "resolution")} | tab.more
+    assert changes.keys() <= own.keys()
+    shown = {component: changes.get(name, component.value) for name, component in own.items()}
+    return {**shown, tab._session: session}
+
+
+def start(tab: Train, **changes: Any) -> dict[Any, Any]:
+    import asyncio
+
+    return asyncio.run(tab._start(values(tab, **changes), None))  # type: ignore[arg-type]
+
+
+def settings(tab: Train, **changes: Any) -> dict[str, Any]:
+    base = dict(tab._models.bases)["tiny"]
+    fields = {"data": "shapes", "name": "my-net", "base": base, "batch": 1, "resolution": tiny.SIZE}
+    return {**fields, "validate_every": 0, "log_every": 1, **changes}
+
+
+def until(happened: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_run_is_begun_stopped_found_again_and_finished(tab: Train) -> None:
+    begun = start(tab, **settings(tab, steps=2000, checkpoint_every=1))
+    assert not any(begun.get(line) for line in tab._errors), begun
+    run = Run(tab._history.results("mine"), "my-net")
+    until(lambda: run.step >= 2)
+    view = tab._view("mine", "my-net", None)  # type: ignore[arg-type]
+    assert "Step" in view[tab.status] and "2000" in view[tab.status] and "about " in view[tab.status]
+    assert view[tab.stop]["visible"] and not view[tab.resume]["visible"]
+    assert list(view[tab.loss]["value"]["measure"].unique()) == ["loss"]
+    again = start(tab, **settings(tab, name="other"))
+    assert "is at work" in again[tab.error]
+
+    tab._stop("mine", "my-net", None)  # type: ignore[arg-type]
+    until(lambda: run.state == "stopped")
+    step = run.step
+    assert not trained(run.folder) and (run.out / "checkpoints").is_dir()
+    with gr.Blocks():  # the page begun anew
+        other = Train(tab._models, tab._jobs, tab._history, gr.BrowserState(None), tab._data, "cpu")
+    shown = other.enter("mine", None)  # type: ignore[arg-type]
+    assert f"Stopped at step {step}" in shown[other.status] and shown[other.resume]["visible"]
+    assert other.run not in other.enter("yours", None)  # type: ignore[arg-type]
+    other.close()
+
+    path = run.folder / ".runs" / "my-net.config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": step + 1}))  # a run may be made shorter
+    tab._resume("mine", "my-net", None)  # type: ignore[arg-type]
+    until(lambda: not run.is_live)
+    assert run.state == "done", run.reason()
+    done = tab._view("mine", "my-net", None)  # type: ignore[arg-type]
+    assert any(name.endswith(".safetensors") for name in done[tab.result]["value"])
+    ((_, net),) = tab._dropdowns
+    assert "my-net" in [shown for shown, _ in done[net]["choices"]]
+    assert "my-net" not in [shown for shown, _ in tab.enter("yours", None)[net]["choices"]]  # type: ignore[arg-type]
+
+
+def test_a_run_that_fails_says_why(tab: Train, pictures: Path) -> None:
+    run = Run(tab._history.results("mine"), "bad")
+    run.begin(TrainConfig(task="controlnet", data=str(pictures), out=str(run.out), annotator="canny"))
+    tab._submit(run, "mine")
+    until(lambda: "process" in run._kept())
+    psutil.Process(run._kept()["process"]["pid"]).kill()
+    until(lambda: not run.is_live)
+    assert "was killed (signal 9)" in tab._view("mine", "bad", None)[tab.status]  # type: ignore[arg-type]
+    run._keep("failed", code=2)
+    run._beside("log").write_text(f"encoding: 10%\rmahlstick: {run.out}/x: cannot be read\n")
+    assert "It failed: bad/x: cannot be read" in tab._view("mine", "bad", None)[tab.status]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "sentence"),
+    [
+        ({"data": None}, "data_error", "Choose a folder"),
+        ({"data": "../elsewhere"}, "data_error", "Choose a folder"),
+        ({"task": "motion"}, "data_error", "shapes holds pictures; put the frames of each clip into a subfolder"),
+        ({"name": "../my-net"}, "name_error", "Give the result a name"),
+        ({"base": "/etc"}, "name_error", "is not offered"),
+        ({"steps": 0}, "error", "steps: should be greater than or equal to 1"),
+        ({"ema": 2.0}, "more_error", "ema: should be less than 1"),
+        ({"annotator_options": "model=/etc"}, "more_error", "give NAME=VALUE"),
+    ],
+)
+def test_a_fault_is_said_beside_its_field(tab: Train, changes: dict[str, Any], line: str, sentence: str) -> None:
+    said = start(tab, **settings(tab, **changes))
+    assert sentence.replace(">", "&gt;") in said[getattr(tab, line)].replace("&#x27;", "")
+    assert runs(tab._history.results("mine")) == []
+
+
+def test_every_setting_that_names_no_file_is_there_with_its_description(tab: Train) -> None:
+    listed = {
+        name for name, component in tab.more.items() if component.info == TrainConfig.model_fields[name].description
+    }
+    assert listed == set(tab.more) >= {"ema", "optimiser", "precision", "seed", "min_snr", "rank", "frames", "compile"}
+    assert not listed & {"out", "cache", "start", "image_encoder", "data", "control", "reference"}
+
+
+def test_an_archive_gives_its_pictures_and_captions_and_nothing_else(tab: Train, tmp_path: Path) -> None:
+    entries = {
+        "my/0.png": shape(0),
+        "my/0.txt": b"round",
+        "my/run.py": b"1",
+        "__MACOSX/my/0.png": b"",
+        "my/.x.png": b"",
+    }
+    found = tab._unpack(str(packed(tmp_path / "my set.zip", entries)), "mine", None)  # type: ignore[arg-type]
+    assert found[tab.data]["value"] == "my-set" and "2 files, 3 left out" in found[tab.data_note]
+    folder = tab._all_data("mine")["my-set"]
+    assert sorted(path.name for path in folder.iterdir()) == ["0.png", "0.txt"]
+    assert "my-set" not in tab._all_data("yours")
+
+
+def packed(path: Path, entries: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"../out.png": b"x"}, "leads outside"),
+        ({"/tmp/out.png": b"x"}, "leads outside"),
+        ({"a\\..\\..\\out.png": b"x"}, "leads outside"),
+        ({"metadata.jsonl": b'{"file_name": "../../secret.png"}'}, "leads outside"),
+        ({f"{i}.png": b"" for i in range(4)}, "holds 4 files"),
+        ({"a.png": b"0" * 2000}, "holds more than"),
+    ],
+)
+def test_an_archive_that_would_do_harm_leaves_nothing(tmp_path: Path, entries: dict[str, bytes], sentence: str) -> None:
+    archive = packed(tmp_path / "bad.zip", entries)
+    with pytest.raises(MahlstickError, match=sentence):
+        datasets.unpack(archive, tmp_path / "home", most_files=3, most_bytes=1000)
+    assert set(tmp_path.rglob("*")) == {archive, tmp_path / "home"}
+
+
+def test_no_zip_and_links_in_one_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.zip").write_text("nothing")
+    with pytest.raises(MahlstickError, match=r"text\.zip: cannot be unpacked"):
+        datasets.unpack(tmp_path / "text.zip", tmp_path / "home")
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc/hostname")
+        archive.writestr("a.png", shape(0))
+    folder, left = datasets.unpack(tmp_path / "link.zip", tmp_path / "home")
+    assert left == 1 and [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+def test_folders_are_those_below_the_configured_one(pictures: Path) -> None:
+    (pictures / ".hidden").mkdir(exist_ok=True)
+    assert list(datasets.folders(pictures)) == [f"{pictures.name}/", "shapes"] and datasets.folders(None) == {}
+
+
+def test_a_run_that_waits_and_is_stopped_never_begins(tab: Train, tmp_path: Path) -> None:
+    blocked, gate = tab._jobs.submit(lambda job, loader, **_: _hold(job)), Run(tab._history.results("mine"), "late")
+    gate.begin(TrainConfig(task="controlnet", data=str(tmp_path), out=str(gate.out), annotator="canny"))
+    tab._submit(gate, "mine")
+    assert gate.state == "waiting" and "Waiting" in tab._view("mine", "late", None)[tab.status]  # type: ignore[arg-type]
+    tab._stop("mine", "late", None)  # type: ignore[arg-type]
+    assert gate.state == "stopped" and not gate.out.exists()
+    blocked.cancel()
+    with pytest.raises(Cancelled):
+        blocked.future.result(PATIENCE)
+
+
+def _hold(job: Any) -> None:
+    while True:
+        job.tell(0, 1)
+        time.sleep(0.01)
