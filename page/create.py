@@ -546,7 +546,7 @@ class Create:
         notes += [say("left_out", browser, what="; ".join(left_out))] if left_out else []
         _, python, shell, comfy = self.texts
         texts = {python: scripts.python(kept), shell: line, comfy: workflow}
-        texts[self.workflow_note] = status.note(" ".join(notes))
+        texts[self.workflow_note] = "".join(status.note(each) for each in notes)
         return {**texts, self.texts[0]: kept.to_json()} if recipe else texts
 
     def _with_files(self, session: str, request: Request) -> Request:

@@ -58,6 +58,19 @@ class Models:
             if given not in [meant for _, meant in offered]:
                 names = ", ".join(shown for shown, _ in offered) or "none"
                 raise MahlstickError(f"{field}: {given} is not offered on this page; choose one of: {names}")
+        for field, given in _elsewhere(request):
+            raise MahlstickError(f"{field}: {given} is not offered on this page; leave it out")
+
+
+def _elsewhere(request: Request | VideoRequest) -> Iterator[tuple[str, str]]:
+    """Fields that name files of the server, or of a hub, beside the models, and what they name."""
+    named = [("base_config", request.base_config)]
+    named += [(f"controls[{i}].options.model", spec.options.get("model")) for i, spec in enumerate(request.controls)]
+    for i, spec in enumerate(request.image_prompts):
+        named += [
+            (f"image_prompts[{i}].{field}", getattr(spec, field)) for field in ("image_encoder", "search", "library")
+        ]
+    yield from ((field, given) for field, given in named if given is not None)
 
 
 def weights(folder: Path | None) -> dict[str, Path]:

@@ -294,7 +294,7 @@ _TEXTS = {
     "cmp_example_control": ("How much control", "控制的强弱"),
     "cmp_restored": ("The settings of this grid are back, here and on Create.", "网格的参数已恢复到此处和“创作”页。"),
     "cmp_cancelled": (
-        "Cancelled; the {count} pictures made so far are on Create.",
+        "Cancelled; made so far and now on Create: {count}.",
         "已取消；已生成的 {count} 张图片在“创作”页。",
     ),
     "cmp_no_prompt": (

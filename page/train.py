@@ -23,7 +23,7 @@ from mahlstick.page.runs import NAME, Run, runs
 from mahlstick.page.sentences import translated
 from mahlstick.page.texts import label, say
 from mahlstick.page.units import Updates, Values, error_line
-from mahlstick.page.weights import how_to_use, look
+from mahlstick.page.weights import code_line, how_to_use, look
 from mahlstick.pipelines.load import choose_device
 from mahlstick.training.config import GROUPS, TrainConfig
 
@@ -179,9 +179,7 @@ class Train:
         self.result = gr.File(
             label=label("tr_result"), file_count="multiple", interactive=False, visible=False, elem_id="tr-result"
         )
-        self.use = gr.Textbox(
-            label=label("shell"), buttons=["copy"], interactive=False, visible=False, elem_classes="mono"
-        )
+        self.uses = [code_line("shell"), code_line("python")]
         self.timer = gr.Timer(REFRESH, active=False)
 
     @property
@@ -191,7 +189,7 @@ class Train:
     @property
     def _run_view(self) -> list[Any]:
         """What a run changes."""
-        seen = [self.status, self.stop, self.resume, self.loss, self.fidelity, self.samples, self.result, self.use]
+        seen = [self.status, self.stop, self.resume, self.loss, self.fidelity, self.samples, self.result, *self.uses]
         return [self.run, *seen, self.timer, *(dropdown for _, dropdown in self._dropdowns)]
 
     @property
@@ -407,14 +405,12 @@ class Train:
     def _show_result(self, result: Path | None) -> Updates:
         """The files of a result, and how to use it."""
         if result is None:
-            return {self.result: gr.update(value=None, visible=False), self.use: gr.update(visible=False)}
+            return {each: gr.update(value=None, visible=False) for each in (self.result, *self.uses)}
         folder = result if result.is_dir() else result.parent
         files = sorted(str(path) for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".md"))
-        shell, python = how_to_use(look(result), str(result))
-        return {
-            self.result: gr.update(value=files, visible=True),
-            self.use: gr.update(value=shell or python, visible=True),
-        }
+        lines = zip(self.uses, how_to_use(look(result), str(result)), strict=True)
+        uses = {line: gr.update(value=text, visible=bool(text)) for line, text in lines}
+        return {self.result: gr.update(value=files, visible=True), **uses}
 
     def _offer(self, session: str) -> Updates:
         """What a session may choose on other tabs: with what it has trained."""

@@ -69,19 +69,7 @@ class Inspect:
             with gr.Column(scale=6, min_width=320, elem_classes="right"):
                 gr.Markdown(label("in_empty"), elem_id="in-empty", elem_classes="teach")
                 self.facts = gr.HTML("", elem_id="in-facts", padding=False)
-                self.lines = [
-                    gr.Textbox(
-                        label=label(key),
-                        lines=1,
-                        max_lines=6,
-                        buttons=["copy"],
-                        interactive=False,
-                        visible=False,
-                        elem_classes="mono",
-                        elem_id=f"in-{key}",
-                    )
-                    for key in ("shell", "python")
-                ]
+                self.lines = [code_line("shell"), code_line("python")]
         outputs = [self.error, self.facts, *self.lines]
         self.drop.upload(self._inspect_drop, [self.drop, model], [*outputs, self.drop, self.chosen], **_QUIET)
         self.chosen.input(self._inspect_chosen, [self.chosen, session, model], outputs, **_QUIET)
@@ -125,6 +113,19 @@ class Inspect:
 
     def _refused(self, sentence: str) -> Updates:
         return {self.error: status.error(sentence), self.facts: "", **{line: _line("") for line in self.lines}}
+
+
+def code_line(key: str) -> gr.Code:
+    """A place for a line to copy, hidden until there is one."""
+    return gr.Code(
+        label=label(key),
+        language=None,  # whose colours are hard to read
+        lines=1,
+        interactive=False,
+        show_line_numbers=False,
+        wrap_lines=True,
+        visible=False,
+    )
 
 
 def look(path: Path) -> Info:

@@ -328,6 +328,7 @@ def _image_prompt(
         blocks=spec.blocks,
         negative=None if spec.negative is None else open_picture(spec.negative, "negative"),
         resize=spec.resize,
+        prompt=request.prompt,
     )
 
 

@@ -92,8 +92,9 @@ def llava() -> tuple[Any, Any]:
     text = tf.LlamaConfig(**_text(tokenizer), num_key_value_heads=1, max_length=64)
     vision = tf.CLIPVisionConfig(**_VISION, projection_dim=16)
     config = tf.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=len(tokenizer) - 1, image_seq_length=4, vision_feature_layer=-1
-    )
+        vision_config=vision, text_config=text, image_token_index=len(tokenizer) - 1, image_seq_length=4,
+        vision_feature_layer=-1,
+    )  # fmt: skip
     images = tf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     processor = tf.LlavaProcessor(
         images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mahlstick as ms
-from benchmarks.tiny import WIDTH, feature_extractor, image_encoder, tokenizer, unet, unet_inputs
+from benchmarks.tiny import WIDTH, feature_extractor, image_encoder, motion_adapter, tokenizer, unet, unet_inputs
 from mahlstick import cli
 from mahlstick.pipelines import library as module
 from mahlstick.pipelines.generate import generate, looked_up, replay
 from mahlstick.pipelines.library import Library, Report, Towers
 from mahlstick.pipelines.recipe import read_recipe
 from mahlstick.pipelines.request import Found, ImagePromptSpec, Request
+from mahlstick.pipelines.video import video_comment
 from tests import tiny
 from tests.tiny import picture
 
@@ -415,6 +416,23 @@ def test_a_recipe_says_what_was_found_and_makes_it_again(here: Path, models: Pat
     assert looked_up(told.image_prompts[0], "").images == [str(here / "elsewhere.png")]
     (here / "library.sqlite").unlink()
     assert np.array_equal(replay(path, progress=False)[0], result.images[0]), "the recipe holds the picture itself"
+
+
+def test_a_clip_keeps_what_was_found(here: Path, models: Path) -> None:
+    Library().add(save_pictures(here / "pictures"), progress=False)
+    module = motion_adapter(unet("sd1")).save_pretrained(here / "module")
+    prompt = {"adapter": str(models / "ip"), "search": "fox in watercolour"}
+    request = ms.VideoRequest(
+        prompt="x", base=str(models / "base"), motion=str(module), frames=2, steps=1, seed=3, image_prompts=[prompt]
+    )
+    first = ms.animate(request, "clip.webp", device="cpu", progress=False)
+    kept = ms.VideoRequest.from_json(video_comment("clip.webp") or "")
+    assert kept == first.request and kept.image_prompts[0].found[0].file == "pictures/fox.png"
+    picture(seed=30).save(here / "nearer.png")
+    Library().add({here / "nearer.png": ["fox in watercolour"]}, progress=False)
+    again = ms.animate(kept, "again.webp", device="cpu", progress=False)
+    assert Path("again.webp").read_bytes() == Path("clip.webp").read_bytes()
+    assert again.request.image_prompts == first.request.image_prompts
 
 
 def test_an_image_prompt_has_pictures_or_words() -> None:

@@ -216,6 +216,7 @@ def test_cancel_and_faults(visit, tmp_path):
     fill(page, steps=100, prompt="red apple")
     page.locator("#paint").click()
     page.locator("#status .job img").wait_for()
+    assert page.locator("#status .job").evaluate("job => job.scrollHeight <= job.clientHeight + 1")
     page.locator("#cancel").click()
     expect(page.locator("#status .note")).to_contain_text("Cancelled")
     assert page.locator("#gallery img").count() == 0

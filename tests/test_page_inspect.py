@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tab(models: Path, tmp_path: Path) -> Any:
     with gr.Blocks():
-        yield Inspect(Models(models), History(tmp_path), gr.BrowserState(None), gr.Dropdown(["embedded"]))
+        return Inspect(Models(models), History(tmp_path), gr.BrowserState(None), gr.Dropdown(["embedded"]))
 
 
 def said(tab: Inspect, name: str, base: str = "embedded") -> str:

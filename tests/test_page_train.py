@@ -46,15 +46,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tab(pictures: Path, models: Path, tmp_path: Path) -> Any:
-    jobs, session = Jobs(device="cpu"), gr.BrowserState(None)
+@pytest.fixture(scope="module")
+def tab(pictures: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    jobs, history = Jobs(device="cpu"), History(tmp_path_factory.mktemp("sessions"))
     with gr.Blocks():
         net = gr.Dropdown([])
-        found = Train(Models(models), jobs, History(tmp_path / "s"), session, pictures, "cpu", [("nets", net)])
+        found = Train(Models(models), jobs, history, gr.BrowserState(None), pictures, "cpu", [("nets", net)])
     yield found
     found.close()
     jobs.close()
+
+
+@pytest.fixture
+def me() -> str:
+    """A session of one's own."""
+    return History.new_session()
 
 
 def shape(i: int) -> bytes:
@@ -64,7 +70,7 @@ def shape(i: int) -> bytes:
     return buffer.getvalue()
 
 
-def values(tab: Train, session: str = "mine", **changes: Any) -> dict[Any, Any]:
+def values(tab: Train, session: str, **changes: Any) -> dict[Any, Any]:
     """What the browser sends: what it was shown, but for ``changes``."""
     own = {name: getattr(tab, name) for name in ("task", "data", "control", "reference", "annotator", "name", "base")}
     own |= {name: getattr(tab, name) for name in ("steps", "batch", "rate", "resolution")} | tab.more
@@ -73,10 +79,10 @@ def values(tab: Train, session: str = "mine", **changes: Any) -> dict[Any, Any]:
     return {**shown, tab._session: session}
 
 
-def start(tab: Train, **changes: Any) -> dict[Any, Any]:
+def start(tab: Train, session: str, **changes: Any) -> dict[Any, Any]:
     import asyncio
 
-    return asyncio.run(tab._start(values(tab, **changes), None))  # type: ignore[arg-type]
+    return asyncio.run(tab._start(values(tab, session, **changes), None))  # type: ignore[arg-type]
 
 
 def settings(tab: Train, **changes: Any) -> dict[str, Any]:
@@ -92,52 +98,52 @@ def until(happened: Any) -> None:
         time.sleep(0.1)
 
 
-def test_a_run_is_begun_stopped_found_again_and_finished(tab: Train) -> None:
-    begun = start(tab, **settings(tab, steps=2000, checkpoint_every=1))
+def test_a_run_is_begun_stopped_found_again_and_finished(tab: Train, me: str) -> None:
+    begun = start(tab, me, **settings(tab, steps=2000, checkpoint_every=1))
     assert not any(begun.get(line) for line in tab._errors), begun
-    run = Run(tab._history.results("mine"), "my-net")
+    run = Run(tab._history.results(me), "my-net")
     until(lambda: run.step >= 2)
-    view = tab._view("mine", "my-net", None)  # type: ignore[arg-type]
+    view = tab._view(me, "my-net", None)  # type: ignore[arg-type]
     assert "Step" in view[tab.status] and "2000" in view[tab.status] and "about " in view[tab.status]
     assert view[tab.stop]["visible"] and not view[tab.resume]["visible"]
     assert list(view[tab.loss]["value"]["measure"].unique()) == ["loss"]
-    again = start(tab, **settings(tab, name="other"))
+    again = start(tab, me, **settings(tab, name="other"))
     assert "is at work" in again[tab.error]
 
-    tab._stop("mine", "my-net", None)  # type: ignore[arg-type]
+    tab._stop(me, "my-net", None)  # type: ignore[arg-type]
     until(lambda: run.state == "stopped")
     step = run.step
     assert not trained(run.folder) and (run.out / "checkpoints").is_dir()
     with gr.Blocks():  # the page begun anew
         other = Train(tab._models, tab._jobs, tab._history, gr.BrowserState(None), tab._data, "cpu")
-    shown = other.enter("mine", None)  # type: ignore[arg-type]
+    shown = other.enter(me, None)  # type: ignore[arg-type]
     assert f"Stopped at step {step}" in shown[other.status] and shown[other.resume]["visible"]
     assert other.run not in other.enter("yours", None)  # type: ignore[arg-type]
     other.close()
 
     path = run.folder / ".runs" / "my-net.config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": step + 1}))  # a run may be made shorter
-    tab._resume("mine", "my-net", None)  # type: ignore[arg-type]
+    tab._resume(me, "my-net", None)  # type: ignore[arg-type]
     until(lambda: not run.is_live)
     assert run.state == "done", run.reason()
-    done = tab._view("mine", "my-net", None)  # type: ignore[arg-type]
+    done = tab._view(me, "my-net", None)  # type: ignore[arg-type]
     assert any(name.endswith(".safetensors") for name in done[tab.result]["value"])
     ((_, net),) = tab._dropdowns
     assert "my-net" in [shown for shown, _ in done[net]["choices"]]
     assert "my-net" not in [shown for shown, _ in tab.enter("yours", None)[net]["choices"]]  # type: ignore[arg-type]
 
 
-def test_a_run_that_fails_says_why(tab: Train, pictures: Path) -> None:
-    run = Run(tab._history.results("mine"), "bad")
+def test_a_run_that_fails_says_why(tab: Train, pictures: Path, me: str) -> None:
+    run = Run(tab._history.results(me), "bad")
     run.begin(TrainConfig(task="controlnet", data=str(pictures), out=str(run.out), annotator="canny"))
-    tab._submit(run, "mine")
+    tab._submit(run, me)
     until(lambda: "process" in run._kept())
     psutil.Process(run._kept()["process"]["pid"]).kill()
     until(lambda: not run.is_live)
-    assert "was killed (signal 9)" in tab._view("mine", "bad", None)[tab.status]  # type: ignore[arg-type]
+    assert "was killed (signal 9)" in tab._view(me, "bad", None)[tab.status]  # type: ignore[arg-type]
     run._keep("failed", code=2)
     run._beside("log").write_text(f"encoding: 10%\rmahlstick: {run.out}/x: cannot be read\n")
-    assert "It failed: bad/x: cannot be read" in tab._view("mine", "bad", None)[tab.status]  # type: ignore[arg-type]
+    assert "It failed: bad/x: cannot be read" in tab._view(me, "bad", None)[tab.status]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -153,10 +159,12 @@ def test_a_run_that_fails_says_why(tab: Train, pictures: Path) -> None:
         ({"annotator_options": "model=/etc"}, "more_error", "give NAME=VALUE"),
     ],
 )
-def test_a_fault_is_said_beside_its_field(tab: Train, changes: dict[str, Any], line: str, sentence: str) -> None:
-    said = start(tab, **settings(tab, **changes))
+def test_a_fault_is_said_beside_its_field(
+    tab: Train, changes: dict[str, Any], line: str, sentence: str, me: str
+) -> None:
+    said = start(tab, me, **settings(tab, **changes))
     assert sentence.replace(">", "&gt;") in said[getattr(tab, line)].replace("&#x27;", "")
-    assert runs(tab._history.results("mine")) == []
+    assert runs(tab._history.results(me)) == []
 
 
 def test_every_setting_that_names_no_file_is_there_with_its_description(tab: Train) -> None:
@@ -167,7 +175,7 @@ def test_every_setting_that_names_no_file_is_there_with_its_description(tab: Tra
     assert not listed & {"out", "cache", "start", "image_encoder", "data", "control", "reference"}
 
 
-def test_an_archive_gives_its_pictures_and_captions_and_nothing_else(tab: Train, tmp_path: Path) -> None:
+def test_an_archive_gives_its_pictures_and_captions_and_nothing_else(tab: Train, tmp_path: Path, me: str) -> None:
     entries = {
         "my/0.png": shape(0),
         "my/0.txt": b"round",
@@ -175,9 +183,9 @@ def test_an_archive_gives_its_pictures_and_captions_and_nothing_else(tab: Train,
         "__MACOSX/my/0.png": b"",
         "my/.x.png": b"",
     }
-    found = tab._unpack(str(packed(tmp_path / "my set.zip", entries)), "mine", None)  # type: ignore[arg-type]
+    found = tab._unpack(str(packed(tmp_path / "my set.zip", entries)), me, None)  # type: ignore[arg-type]
     assert found[tab.data]["value"] == "my-set" and "2 files, 3 left out" in found[tab.data_note]
-    folder = tab._all_data("mine")["my-set"]
+    folder = tab._all_data(me)["my-set"]
     assert sorted(path.name for path in folder.iterdir()) == ["0.png", "0.txt"]
     assert "my-set" not in tab._all_data("yours")
 
@@ -225,12 +233,12 @@ def test_folders_are_those_below_the_configured_one(pictures: Path) -> None:
     assert list(datasets.folders(pictures)) == [f"{pictures.name}/", "shapes"] and datasets.folders(None) == {}
 
 
-def test_a_run_that_waits_and_is_stopped_never_begins(tab: Train, tmp_path: Path) -> None:
-    blocked, gate = tab._jobs.submit(lambda job, loader, **_: _hold(job)), Run(tab._history.results("mine"), "late")
+def test_a_run_that_waits_and_is_stopped_never_begins(tab: Train, tmp_path: Path, me: str) -> None:
+    blocked, gate = tab._jobs.submit(lambda job, loader, **_: _hold(job)), Run(tab._history.results(me), "late")
     gate.begin(TrainConfig(task="controlnet", data=str(tmp_path), out=str(gate.out), annotator="canny"))
-    tab._submit(gate, "mine")
-    assert gate.state == "waiting" and "Waiting" in tab._view("mine", "late", None)[tab.status]  # type: ignore[arg-type]
-    tab._stop("mine", "late", None)  # type: ignore[arg-type]
+    tab._submit(gate, me)
+    assert gate.state == "waiting" and "Waiting" in tab._view(me, "late", None)[tab.status]  # type: ignore[arg-type]
+    tab._stop(me, "late", None)  # type: ignore[arg-type]
     assert gate.state == "stopped" and not gate.out.exists()
     blocked.cancel()
     with pytest.raises(Cancelled):

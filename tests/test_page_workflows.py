@@ -29,7 +29,8 @@ PICTURES = examples()["controlnet"].parents[1] / "examples"
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Any:
     jobs = Jobs(device="cpu")
     with gr.Blocks():
-        yield Workflows(None, jobs, History(tmp_path_factory.mktemp("sessions")), gr.BrowserState(None))
+        found = Workflows(None, jobs, History(tmp_path_factory.mktemp("sessions")), gr.BrowserState(None))
+    yield found
     jobs.close()
 
 

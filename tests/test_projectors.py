@@ -469,7 +469,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", PROJECTORS[2:])  # the first two are trained elsewhere
 def test_each_is_trained_saved_and_loaded(name: str, examples: Path, tmp_path: Path) -> None:
     folder = examples / ("clips" if name == "video" else "pictures")
     validated = name in ("video", "instruct_qformer")

@@ -410,7 +410,7 @@ def test_the_slow_model_is_an_average_that_goes_on_with_the_run(pictures: Path, 
 
 
 def test_it_learns_four_colours_and_an_adapter_begins_with_it(pictures: Path, tmp_path: Path) -> None:
-    run = train(config(pictures, tmp_path / "run", steps=80), pipe())
+    run = train(config(pictures, tmp_path / "run", steps=70), pipe())
     task = QFormerTask(config(pictures, tmp_path / "more", start=str(run)), pipe())
     batch = batch_of(task, pictures)
     with torch.no_grad():
