@@ -698,6 +698,16 @@ def test_files_that_are_no_checkpoint(content: bytes, message: str, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
+def test_a_header_whose_length_looks_like_a_web_page(net: ControlNetModel, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_file(original(net), path)
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    longer = whole[8:end].ljust(int.from_bytes(b" <\1", "little"))  # more spaces behind the header
+    path.write_bytes(len(longer).to_bytes(8, "little") + longer + whole[end:])
+    assert path.read_bytes()[:2] == b" <" and formats.inspect(path).kind == "controlnet"
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(3)], ids=str)
 def test_pickles_without_named_tensors(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "net")

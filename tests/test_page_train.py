@@ -20,7 +20,7 @@ from benchmarks import tiny
 from mahlstick.errors import MahlstickError
 from mahlstick.page import datasets
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Cancelled, Jobs
+from mahlstick.page.jobs import WAITING_LIMIT, Cancelled, Jobs
 from mahlstick.page.models import Models, trained
 from mahlstick.page.runs import Run, runs
 from mahlstick.page.train import Train
@@ -204,6 +204,11 @@ def packed(path: Path, entries: dict[str, bytes]) -> Path:
         ({"/tmp/out.png": b"x"}, "leads outside"),
         ({"a\\..\\..\\out.png": b"x"}, "leads outside"),
         ({"metadata.jsonl": b'{"file_name": "../../secret.png"}'}, "leads outside"),
+        ({"metadata.jsonl": '{"file_name": "../../secret.png", "text": "a\u2028b"}'.encode()}, "leads outside"),
+        ({"metadata.jsonl": '\ufeff{"file_name": "../../secret.png"}'.encode()}, "leads outside"),
+        ({"metadata.jsonl": b'{"file_name": "a\\u0000.png"}'}, "leads outside"),
+        ({"metadata.jsonl": b"nonsense"}, "is not JSON"),
+        ({".": b"x", "a.png": b"x", "a.png/b.png": b"x"}, "bad.zip: cannot be unpacked"),
         ({f"{i}.png": b"" for i in range(4)}, "holds 4 files"),
         ({"a.png": b"0" * 2000}, "holds more than"),
     ],
@@ -219,6 +224,12 @@ def test_no_zip_and_links_in_one_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.zip").write_text("nothing")
     with pytest.raises(MahlstickError, match=r"text\.zip: cannot be unpacked"):
         datasets.unpack(tmp_path / "text.zip", tmp_path / "home")
+    torn = bytearray(packed(tmp_path / "torn.zip", {"a.txt": b"words, and words again " * 50}).read_bytes())
+    torn[35:45] = b"\xff" * 10
+    (tmp_path / "torn.zip").write_bytes(torn)
+    with pytest.raises(MahlstickError, match=r"torn\.zip: cannot be unpacked") as told:
+        datasets.unpack(tmp_path / "torn.zip", tmp_path / "home")
+    assert str(tmp_path) not in str(told.value)
     link = zipfile.ZipInfo("link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
@@ -249,3 +260,28 @@ def _hold(job: Any) -> None:
     while True:
         job.tell(0, 1)
         time.sleep(0.01)
+
+
+def test_a_run_that_found_no_place_in_the_queue_can_be_begun_again(tab: Train, tmp_path: Path, me: str) -> None:
+    run = Run(tab._history.results(me), "refused")
+    run.begin(TrainConfig(task="controlnet", data=str(tmp_path), out=str(run.out), annotator="canny"))
+    blocked = tab._jobs.submit(lambda job, loader, **_: _hold(job))
+    waiting = [tab._jobs.submit(lambda job, loader, **_: None) for _ in range(WAITING_LIMIT - 1)]
+    with pytest.raises(MahlstickError, match="try again"):
+        tab._submit(run, me)
+    assert run.state == "stopped"
+    for job in (blocked, *waiting):
+        job.cancel()
+    with pytest.raises(Cancelled):
+        waiting[-1].future.result(PATIENCE)
+
+
+def test_a_run_that_goes_on_is_not_stopping_any_more(tab: Train, tmp_path: Path, me: str) -> None:
+    run = Run(tab._history.results(me), "again")
+    run.begin(TrainConfig(task="controlnet", data=str(tmp_path), out=str(run.out), annotator="canny"))
+    blocked = tab._jobs.submit(lambda job, loader, **_: _hold(job))
+    tab._stopping.add(run.out)  # as where it ended in the moment that it was to be stopped
+    tab._submit(run, me)
+    assert run.out not in tab._stopping
+    tab._stop(me, "again", None)  # type: ignore[arg-type]
+    blocked.cancel()

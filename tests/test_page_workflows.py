@@ -195,6 +195,12 @@ def test_the_named_endpoint(tmp_path: Path) -> None:
     assert read(Path(made), NODES)["2"]["inputs"]["text"] == "tree"
     with pytest.raises(Exception, match="the workflow has no node 'Nobody'"):
         client.predict(api, {"Nobody.steps": 1}, api_name="/run_workflow")
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for named in (str(script), [str(script)]):  # a file of this machine
+        with pytest.raises(Exception, match="give the JSON itself"):
+            client.predict(named, {}, api_name="/run_workflow")
+    assert not (tmp_path / "ran").exists()
     page.train.close()
     page.jobs.close()
     page.close(verbose=False)
