@@ -27,7 +27,7 @@ from mahlstick.pipelines.animate import FPS, animate
 from mahlstick.pipelines.load import Loader
 from mahlstick.pipelines.request import ClipControlSpec, VideoRequest
 from mahlstick.pipelines.sheet import strip
-from mahlstick.pipelines.video import iterate_video, video_comment, video_info
+from mahlstick.pipelines.video import is_video, iterate_video, video_comment, video_info
 
 FRAMES = 512  # of a clip
 KIND = "clips"  # the folder in a session's
@@ -285,7 +285,8 @@ class Animate:
             return False
         (spec,) = request.controls
         plain = spec.mask is None and spec.at is None and spec.window == "steps" and not isinstance(spec.scale, list)
-        return plain and spec.mode == "balanced" and not spec.options and self._is_kept(spec.image)
+        offered = spec.adapter in [meant for _, meant in self._models.nets]
+        return plain and offered and spec.mode == "balanced" and not spec.options and self._is_kept(spec.image)
 
     def _is_kept(self, source: Any) -> bool:
         """Whether it is a video that the page may read: a file from elsewhere could name any file of this machine."""
@@ -522,7 +523,7 @@ def _limited(request: VideoRequest) -> VideoRequest:
     """Raises :class:`MahlstickError` where the clip would be longer than the page allows."""
     source = request.init or (request.controls[0].image if request.controls else None)
     count = request.frames
-    if count is None and isinstance(source, str) and Path(source).is_file():
+    if count is None and is_video(source):
         info = video_info(source)
         count = info.frames_at(request.fps or (float(info.fps) if info.fps else FPS))
     if count is not None and count > FRAMES:

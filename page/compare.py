@@ -120,10 +120,7 @@ class Compare:
             x, y = y, None
         if x is None:
             raise UnitFault(say("cmp_no_axis"), self.x.error)
-        count = len(x.values) * (len(y.values) if y is not None else 1)
-        if count > CELLS:
-            product = f"{len(x.values)} × {len(y.values)} = {count}" if y is not None else str(count)
-            raise MahlstickError(say("cmp_too_many", count=product, most=CELLS))
+        _check_count(x, y)
         try:
             for row in cells(request, x, y):
                 for cell in row:
@@ -214,10 +211,8 @@ class Compare:
         try:
             _only_data(request)
             wanted, across, down = Request(**request), Axis(**x), Axis(**y) if y else None
-            rows = cells(wanted, across, down)
-            if sum(map(len, rows)) > CELLS:
-                raise MahlstickError(say("cmp_too_many", count=sum(map(len, rows)), most=CELLS))
-            for row in rows:
+            _check_count(across, down)
+            for row in cells(wanted, across, down):
                 for cell in row:
                     self._models.check(cell)
             kept: list[Path] = []
@@ -296,6 +291,8 @@ class Compare:
             recipe, offered = read_grid(path), self._offered(session)
             _only_data(recipe.request.model_dump(mode="json"))
             offered.check(recipe.request)
+            for axis in [recipe.x] + ([recipe.y] if recipe.y is not None else []):
+                _check_shown(axis, recipe.request)
             note = status.note(say("cmp_restored", browser))
             return {**cleared, **self.write(recipe.request, recipe.x, recipe.y, offered), self.status: note}
         except MahlstickError as error:
@@ -467,6 +464,21 @@ def _steps(request: Request) -> int:
 def _unit_fields() -> list[str]:
     counts = {"controls": CONTROLS, "image_prompts": IMAGE_PROMPTS}
     return [f"{units}[{i}].{part}" for units, parts in _PARTS.items() for i in range(counts[units]) for part in parts]
+
+
+def _check_count(x: Axis, y: Axis | None) -> None:
+    """Raises :class:`MahlstickError` where a grid would have too many pictures."""
+    count = len(x.values) * (len(y.values) if y is not None else 1)
+    if count > CELLS:
+        product = f"{len(x.values)} × {len(y.values)} = {count}" if y is not None else str(count)
+        raise MahlstickError(say("cmp_too_many", count=product, most=CELLS))
+
+
+def _check_shown(axis: Axis, request: Request) -> None:
+    """Raises :class:`MahlstickError` where the page has no place for an axis, or the request nothing for it."""
+    axis.check(request)
+    if axis.field not in (*_PLAIN, *_unit_fields()):
+        raise MahlstickError(f"{axis.field}: cannot be compared on this page; use mahlstick.compare in Python")
 
 
 def _owner(session: str) -> str:

@@ -498,6 +498,7 @@ class Create:
 
     def _restored(self, path: Path, session: str, browser: gr.Request) -> Updates:
         recipe = read_recipe(path)
+        _only_data(recipe.request.model_dump(mode="json"))
         request = recipe.request.model_copy(update={"seeds": [_seed(recipe)], "images": 1, "seed": None})
         self._models.check(request, self._history.results(session))
         lost = _lost(request)

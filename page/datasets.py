@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import lzma
 import os
 import re
 import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from mahlstick.errors import MahlstickError
-from mahlstick.training.data import CLIPS, COLUMNS, EXTENSIONS
+from mahlstick.training.data import CLIPS, COLUMNS, EXTENSIONS, table_rows
 
 DEEPEST = 2  # levels below the configured folder
 MOST = 500  # folders, of which to choose
@@ -25,6 +26,8 @@ _TABLE = "metadata.jsonl"
 _KEPT = {f".{each}" for each in (*EXTENSIONS, *CLIPS, "txt")}
 _NAMING = ("file_name", *COLUMNS["control"], *COLUMNS["reference"])
 _BLOCK = 1 << 20
+# What a damaged or encrypted archive, or one of a method that is not known, raises.
+_FAULTS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, UnicodeError)
 
 
 def folders(root: Path | None) -> dict[str, Path]:
@@ -45,7 +48,7 @@ def unpack(archive: Path, home: Path, most_files: int = MOST_FILES, most_bytes: 
     """Unpacks the pictures, clips and captions of a zip into a new folder below ``home``.
 
     Returns the folder, and how many other files were left out. Raises :class:`MahlstickError`, with nothing unpacked,
-    where it is no zip, is too large, or names a file outside.
+    where it is no zip, is too large, or names a file outside, and where a table of captions cannot be read.
     """
     home.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=home, prefix=".unpacking-"))
@@ -55,8 +58,11 @@ def unpack(archive: Path, home: Path, most_files: int = MOST_FILES, most_bytes: 
         _check_tables(beside, archive.name)
         target = _free(home / (re.sub(r"[^\w.-]+", "-", archive.stem).strip("-.") or "pictures"))
         beside.rename(target)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise MahlstickError(f"{archive.name}: cannot be unpacked ({error}); write it as a plain .zip again") from error
+    except (*_FAULTS, OSError) as error:
+        reason = getattr(error, "strerror", None) or error  # which names no folder of the server
+        raise MahlstickError(
+            f"{archive.name}: cannot be unpacked ({reason}); write it as a plain .zip again"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target, left_out
@@ -84,7 +90,7 @@ def _extract(opened: zipfile.ZipFile, name: str, folder: Path, most_files: int, 
 def _is_kept(member: zipfile.ZipInfo, name: str) -> bool:
     """Whether to unpack a file. Raises :class:`MahlstickError` where it would lie outside."""
     path = PurePosixPath(member.filename.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):
         raise MahlstickError(f"{name}: names {member.filename!r}, which leads outside of it; pack the folder again")
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     linked = stat.S_ISLNK(member.external_attr >> 16)
@@ -94,15 +100,15 @@ def _is_kept(member: zipfile.ZipInfo, name: str) -> bool:
 def _check_tables(folder: Path, name: str) -> None:
     """Raises :class:`MahlstickError` where a table of captions names a picture outside of the archive."""
     for table in folder.rglob(_TABLE):
-        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # said when it is read
-                continue
-            named = [row.get(column) for column in _NAMING] if isinstance(row, dict) else []
-            for value in [each for each in named if isinstance(each, str)]:
-                if not (table.parent / value).resolve().is_relative_to(folder.resolve()):
-                    raise MahlstickError(f"{name}: its {_TABLE} names {value!r}, which leads outside of it")
+        try:
+            rows = [row for _, row in table_rows(table)]
+        except MahlstickError as error:
+            raise MahlstickError(f"{name}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
+        for value in [row[column] for row in rows for column in _NAMING if isinstance(row.get(column), str)]:
+            if "\0" in value or not (table.parent / value).resolve().is_relative_to(folder.resolve()):
+                raise MahlstickError(
+                    f"{name}: its {_TABLE} names {value!r}, which leads outside of it; name what is in the archive"
+                )
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:

@@ -317,8 +317,14 @@ class Train:
         return {**clear, **self._view(session, run.name, browser)}
 
     def _submit(self, run: Run, session: str) -> None:
+        """Raises :class:`MahlstickError` where the queue is full; the run can be begun again then."""
         run.wait()
-        job = self._jobs.submit(run.work(), f"{session}/training", is_training=True)
+        self._stopping.discard(run.out)
+        try:
+            job = self._jobs.submit(run.work(), f"{session}/training", is_training=True)
+        except MahlstickError:
+            run.leave()
+            raise
         self._live[run.out] = job
         job.future.add_done_callback(lambda _: self._end(run, job))
 
@@ -339,7 +345,7 @@ class Train:
         else:
             job.cancel()
             if run.state == "waiting":
-                del self._live[run.out]
+                self._live.pop(run.out, None)  # it may have ended by itself in between
                 run.leave()
                 return self._view(session, name, browser)
             self._stopping.add(run.out)

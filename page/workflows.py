@@ -344,13 +344,15 @@ class Workflows:
     async def run_workflow(self, workflow: dict[str, Any], changes: dict[str, Any]) -> list[str]:
         """Runs a workflow and returns the files that it saved.
 
-        ``workflow`` is JSON in either of ComfyUI's forms. ``changes`` are values of inputs by "title.input" or
-        "id.input", as ``mahlstick run --set`` takes them; pictures are ``data:`` URLs.
+        ``workflow`` is JSON in either of ComfyUI's forms, not the name of a file. ``changes`` are values of inputs by
+        "title.input" or "id.input", as ``mahlstick run --set`` takes them; pictures are ``data:`` URLs.
         """
         from mahlstick.nodes import runner
 
         session = History.new_session()
         try:
+            if not isinstance(workflow, dict):  # it would be taken for a file of this machine, and a script be run
+                raise MahlstickError("workflow: is no JSON object; give the JSON itself, as ComfyUI saved it")
             kept = {place: self._from_outside(session, value) for place, value in changes.items()}
             api = runner.with_changes(runner.load(workflow, self._nodes), kept, self._nodes)
             progress = Progress(api, self._nodes)

@@ -136,7 +136,7 @@ class Axis(Spec):
             raise MahlstickError("strength: nothing is repainted; give init, the picture to start from")
         if _kind(self.field) == _WORDS:
             searched, words = getattr(request, self.field), str(self.values[0])
-            if searched and words not in searched:
+            if searched and not (words and words in searched):
                 raise MahlstickError(
                     f"{self.name}: {words!r} is not in the {self.name}; begin with words that are, and go on with"
                     " what replaces them"

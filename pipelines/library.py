@@ -57,8 +57,8 @@ _APPLICATION = 0x6D61686C  # "mahl", by which SQLite tells files of one program 
 _BATCH = 16
 _COLUMNS = 4  # of a grid of finds
 _TABLES = """
-CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE pictures (
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS pictures (
     sha256 TEXT PRIMARY KEY, path TEXT NOT NULL UNIQUE, size INTEGER NOT NULL, modified INTEGER NOT NULL,
     captions TEXT NOT NULL, image BLOB NOT NULL, words BLOB);
 """
@@ -340,7 +340,7 @@ class Library:
             row = data.execute("SELECT path FROM pictures WHERE sha256 = ?", (found.sha256,)).fetchone()
         places = [self._file(name) for name in ([row[0]] if row else []) + [found.file]]
         for place in places:
-            if place.is_file() and _sha256(place) == found.sha256:
+            if _holds(place, found.sha256):
                 return place
         raise MahlstickError(
             f"{found.file}: was found in {self.path} before, and is gone or has changed since; put it back, or leave"
@@ -355,13 +355,17 @@ class Library:
             raise MahlstickError(
                 f"{self.path}: no such library; make one with mahlstick library add FOLDER --into {self.path}"
             )
-        with self._naming(), closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+        # Open for writing, where that may be: what a writer that was killed left unfinished has to be taken back.
+        with self._naming(), closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=rw", uri=True)) as data:
             self._check_format(data)
             yield data
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MahlstickError(f"{self.path}: cannot be written ({error.strerror}); give another place") from error
         with self._naming(), closing(sqlite3.connect(self.path)) as data:
             if data.execute("PRAGMA schema_version").fetchone()[0] == 0:
                 with data:
@@ -434,8 +438,10 @@ class Library:
             return
         entry["sha256"] = sha256 = _sha256(file)
         same = data.execute("SELECT path, captions FROM pictures WHERE sha256 = ?", (sha256,)).fetchone()
-        if sha256 in waiting or (same is not None and same[0] != name and self._file(same[0]).is_file()):
-            report.known += 1  # a copy
+        if sha256 in waiting or (same is not None and same[0] != name and _holds(self._file(same[0]), sha256)):
+            with data:  # a copy, maybe in the place of a picture that is no more
+                data.execute("DELETE FROM pictures WHERE path = ? AND sha256 <> ?", (name, sha256))
+            report.known += 1
         elif same is not None and same[1] == listed:  # moved or touched, so that its features stay
             with data:
                 data.execute("DELETE FROM pictures WHERE path = ? AND sha256 <> ?", (name, sha256))
@@ -563,6 +569,10 @@ def _is_named(entry: Entry, name: str) -> bool:
     place = Path(name).expanduser().absolute()
     is_place = place == entry.file or place in entry.file.parents
     return is_place or entry.name == name or (len(name) >= 8 and entry.sha256.startswith(name))
+
+
+def _holds(file: Path, sha256: str) -> bool:
+    return file.is_file() and _sha256(file) == sha256
 
 
 def _sha256(file: Path) -> str:

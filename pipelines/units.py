@@ -364,7 +364,8 @@ def _paired(features: Tensor, words: Tensor, groups: list[int]) -> tuple[Tensor,
     if prompts == 1:
         return features, words.expand(references, -1), groups
     if len(groups) == 1:
-        groups = [1 if references == prompts else references] * prompts
+        own = groups == [1] and references == prompts
+        groups = [1 if own else references] * prompts
         features = features.repeat(sum(groups) // references, *[1] * (features.ndim - 1))
     if len(groups) != prompts:
         raise MahlstickError(f"prompt: {prompts} prompts do not go with {len(groups)} groups of references.")

@@ -15,7 +15,7 @@ from benchmarks import tiny
 
 SIDE, PATCH = 32, 16
 _TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-_VISION = {**_TEXT, "image_size": SIDE, "patch_size": PATCH}
+_VISION = {**_TEXT, "image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.05}  # BLIP's own is 1e-10
 _QFORMER = {**_TEXT, "encoder_hidden_size": 16, "cross_attention_frequency": 1}
 
 

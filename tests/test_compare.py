@@ -115,6 +115,7 @@ def test_the_saved_grid_makes_itself_again(pipe: Any, request_: ms.Request, tmp_
         (("controls[1].scale", [1]), None, r"controls\[1\].scale: the request has 1 controls"),
         (("controls[0].end", [0.1]), None, r"controls\[0\]: start 0.1 is not before end 0.1"),
         (("prompt", ["owl", "cat"]), None, "prompt: 'owl' is not in the prompt"),
+        (("prompt", ["", "cat"]), None, "prompt: '' is not in the prompt"),
         (("scheduler", ["eulr"]), None, "scheduler 'eulr' is unknown; did you mean euler"),
         (("scheduler", ["lcm_karras"]), None, "LCMScheduler has no use_karras_sigmas"),
         (("controls[0].adapter", ["/none"]), None, "/none"),

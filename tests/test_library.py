@@ -224,6 +224,36 @@ def test_two_copies_at_once_are_one_picture(here: Path) -> None:
     assert [entry.name for entry in Library().pictures()] == ["a.png"]
 
 
+def test_pictures_that_changed_places_are_found_where_they_are(here: Path) -> None:
+    given = save_pictures(here / "pictures")
+    fox, owl, cat = (here / "pictures" / f"{name}.png" for name in ("fox", "owl", "cat"))
+    Library().add(given, progress=False)
+    fox.rename(here / "other.png")
+    owl.rename(fox)
+    (here / "other.png").rename(owl)
+    cat.write_bytes(fox.read_bytes())  # and this is a copy now
+    Library().add(given, progress=False)
+    fresh = Library("fresh.sqlite")
+    fresh.add(given, progress=False)
+    assert {entry.state for entry in Library().pictures()} == {"here"}
+    assert [one[:3] for one in contents(here / "library.sqlite")] == [
+        one[:3] for one in contents(here / "fresh.sqlite")
+    ]
+
+
+def test_a_library_whose_writer_was_killed_in_the_midst_of_writing_is_read(here: Path) -> None:
+    Library().add(save_pictures(here / "pictures"), progress=False)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        data = sqlite3.connect(here / "library.sqlite")
+        data.execute("PRAGMA cache_size = 1")  # so that unfinished pages reach the disk
+        data.execute("UPDATE pictures SET captions = ?", ["x" * 100_000])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (here / "library.sqlite-journal").stat().st_size
+    assert len(Library()) == 4 and Library().search("fox", count=1)[0].captions == ("a fox in watercolour",)
+
+
 @pytest.mark.parametrize("dies_at", [0, 17, 30])
 def test_killed_at_any_time_it_goes_on_and_holds_the_same(here: Path, dies_at: int) -> None:
     given = save_pictures(here / "pictures", {f"{i:02}": [f"number {i}"] for i in range(36)})
@@ -343,6 +373,8 @@ def test_errors_name_the_way_out(here: Path, clip: str) -> None:
         Library("bare.sqlite").search(" ")
     with pytest.raises(ms.MahlstickError, match=r"is no library|cannot be used"):
         Library("other.sqlite").add(["bare.png"], progress=False)
+    with pytest.raises(ms.MahlstickError, match=r"bare.png/new.sqlite: cannot be written .*; give another place"):
+        Library("bare.png/new.sqlite").add(["bare.png"], progress=False)
 
 
 def test_nothing_near_enough_says_what_comes_nearest(here: Path) -> None:

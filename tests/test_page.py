@@ -401,3 +401,16 @@ def test_models_are_recognised_by_their_headers(tmp_path):
         models.check(Request(prompt="x", base="/elsewhere"))
     with pytest.raises(MahlstickError, match="is no folder"):
         app.build(models=tmp_path / "absent")
+
+
+def test_a_picture_that_names_files_of_this_machine_is_refused(page, tmp_path):
+    photo = Image.new("RGB", (8, 8))
+    photo.save(tmp_path / "secret.png")
+    request = Request(prompt="x", seeds=[1], width=64, height=64, guidance=1.0, init=photo)
+    recipe = describe(request, "cpu", torch.float32)
+    doctored = recipe.model_copy(
+        update={"request": recipe.request.model_copy(update={"init": str(tmp_path / "secret.png")})}
+    )
+    save_png(photo, tmp_path / "doctored.png", doctored.text())
+    shown = page.create._restore_file(str(tmp_path / "doctored.png"), "someone", None)
+    assert "init: give the picture as a data: URL" in shown[page.create.drop_error] and page.create.init not in shown

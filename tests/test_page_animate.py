@@ -14,10 +14,10 @@ from PIL import Image
 import mahlstick as ms
 from mahlstick.errors import MahlstickError
 from mahlstick.page import app
-from mahlstick.page.animate import FRAMES, KIND, clip, clip_request, travel
+from mahlstick.page.animate import FRAMES, KIND, _limited, clip, clip_request, travel
 from mahlstick.page.jobs import Cancelled
 from mahlstick.pipelines.load import embedded_folder
-from mahlstick.pipelines.request import VideoRequest
+from mahlstick.pipelines.request import VideoRequest, data_url
 from mahlstick.pipelines.video import VideoWriter, video_info
 
 
@@ -188,6 +188,19 @@ def test_a_clip_cannot_name_files_of_this_machine(page, walk, tmp_path):
     assert "schedule, init, controls" in back[page.animate.status]
     alien = back | page.animate._restore_file(str(walk), "someone", None)
     assert "walk.mp4: holds no recipe" in alien[page.animate.drop_error]
+
+
+def test_pictures_of_a_clip_are_counted_and_no_video_is_sought_in_them():
+    picture = data_url(Image.effect_noise((128, 128), 50))
+    one = VideoRequest(prompt="fox", controls=[{"adapter": "lineart", "image": picture}])
+    assert _limited(one) is one
+
+
+def test_a_clip_whose_net_is_not_offered_comes_back_without_it(page, walk):
+    kept = str(page.history.keep_video(walk))
+    requests = [VideoRequest(prompt="fox", controls=[{"adapter": net, "image": kept}]) for net in ("lineart", "/net")]
+    assert [page.animate.lost(request) for request in requests] == [[], ["controls"]]
+    assert page.animate.write(requests[1])[page.animate.control] is None
 
 
 def test_words_that_change():

@@ -163,6 +163,22 @@ def test_a_grid_that_names_files_of_this_machine_is_refused(page, tmp_path):
     assert "init: give the picture as a data: URL" in shown[made.drop_error] and page.create.init not in shown
 
 
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ("controls[0].scale", "the request has 0 controls"),
+        ("image_prompts[0].start", "image_prompts[0].start: cannot be compared on this page"),
+    ],
+)
+def test_a_grid_whose_axis_has_no_place_on_the_page_is_refused(page, tmp_path, field, sentence):
+    request = Request(prompt="x", seeds=[1], width=64, height=64, guidance=1.0, image_prompts=[{"images": [PHOTO]}])
+    fields = {"request": json.loads(request.to_json()), "files": {}, "versions": {"mahlstick": "1"}, "device": "cpu"}
+    text = fields | {"dtype": "float32", "threads": 1, "x": {"field": field, "values": [0.5]}}
+    path = save_png(Image.new("RGB", (8, 8)), tmp_path / "grid.png", {GRID_KEY: json.dumps(text)})
+    shown = page.compare._restore_file(str(path), "someone", None)
+    assert sentence in shown[page.compare.drop_error] and page.compare.x.field not in shown
+
+
 def test_the_named_endpoint(page):
     client = Client(app.launch(page, port=None), verbose=False)
     request = {"prompt": "penguin", "seed": 4, "steps": 1}

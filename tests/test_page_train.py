@@ -7,6 +7,7 @@ import json
 import stat
 import time
 import zipfile
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,9 @@ def packed(path: Path, entries: dict[str, bytes]) -> Path:
 )
 def test_an_archive_that_would_do_harm_leaves_nothing(tmp_path: Path, entries: dict[str, bytes], sentence: str) -> None:
     archive = packed(tmp_path / "bad.zip", entries)
-    with pytest.raises(MahlstickError, match=sentence):
+    with pytest.raises(MahlstickError, match=sentence) as told:
         datasets.unpack(archive, tmp_path / "home", most_files=3, most_bytes=1000)
+    assert str(told.value).count("bad.zip") == 1 and str(tmp_path) not in str(told.value)
     assert set(tmp_path.rglob("*")) == {archive, tmp_path / "home"}
 
 
@@ -272,8 +274,7 @@ def test_a_run_that_found_no_place_in_the_queue_can_be_begun_again(tab: Train, t
     assert run.state == "stopped"
     for job in (blocked, *waiting):
         job.cancel()
-    with pytest.raises(Cancelled):
-        waiting[-1].future.result(PATIENCE)
+    wait([job.future for job in (blocked, *waiting)], PATIENCE)
 
 
 def test_a_run_that_goes_on_is_not_stopping_any_more(tab: Train, tmp_path: Path, me: str) -> None:

@@ -399,6 +399,9 @@ def test_under_guidance_no_picture_is_read_with_the_empty_prompt() -> None:
     assert torch.allclose(tokens([[one] for one in pictures], ["a fox", "a hen"], 2)[0], each, atol=1e-5)
     one = torch.cat([adapter.tokens(features[:1], words) for words in (fox, hen)])
     assert torch.allclose(tokens([pictures[:1]], ["a fox", "a hen"], 4)[0], one, atol=1e-5), "one for all prompts"
+    hens = torch.cat([adapter.tokens(features[:1], hen), adapter.tokens(features[1:], hen)], dim=1)
+    seen, _ = tokens([pictures], ["a fox", "a hen"], 2)
+    assert torch.allclose(seen, torch.cat([both, hens]), atol=1e-5), "a group is all prompts', however many they are"
     with pytest.raises(ms.MahlstickError, match="prompt: 3 prompts do not go with 2 groups"):
         tokens([[one] for one in pictures], ["a", "b", "c"], 3)
     with pytest.raises(ms.MahlstickError, match="give prompt= to ImagePrompt"):

@@ -205,6 +205,12 @@ def test_the_nets_to_begin_with_are_translated(tmp_path: Path) -> None:
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(models.LATENTS), atol=1e-3, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(models.LATENTS), atol=1e-3, rtol=0)
 
+    models.start(tmp_path / "again", [], tmp_path / "model")  # which has such latents already: nothing is made anew
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert again.image_encoder is not None
+    kept = UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet").state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in again.unet.state_dict().items())
+
     torch.manual_seed(0)
     old = UNet2DConditionModel.from_pretrained(EMBEDDED / "unet")
     channels = old.config.in_channels

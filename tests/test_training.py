@@ -246,6 +246,14 @@ def test_validating_changes_nothing(task: str, pictures: Path, tmp_path: Path) -
     assert len(losses) == 4 and len(set(losses)) > 1  # it depends on what was learned
 
 
+def test_half_precision_on_a_cpu_keeps_off_the_kernel_that_is_slow_there(pictures: Path, tmp_path: Path) -> None:
+    for precision, flash in (("fp32", True), ("bf16", False)):
+        loop = loop_of(pictures, tmp_path / precision, precision=precision)
+        with torch.profiler.profile() as seen:
+            loop.gradients(loop.rows[0])
+        assert flash == any("flash_attention" in event.key for event in seen.key_averages())
+
+
 def test_a_lora_goes_on_from_another(pictures: Path, tmp_path: Path) -> None:
     first = train(config("lora", pictures, tmp_path / "first"), pipe())
     unmoved = train(config("lora", pictures, tmp_path / "unmoved", start=str(first), steps=1, rate=1e-12), pipe())

@@ -280,7 +280,7 @@ def _read_tables(folder: Path, tables: list[Path], folders: Folders, kind: Kind)
     examples: dict[str, Example] = {}
     used: set[Path] = set()
     for table in tables:
-        for label, row in _rows(table):
+        for label, row in table_rows(table):
             picture = _named(table, row, ("file_name",), label, kind)
             if picture is None:
                 raise MahlstickError(f"{label} has no file_name; give its path, relative to the file")
@@ -303,8 +303,11 @@ def _read_tables(folder: Path, tables: list[Path], folders: Folders, kind: Kind)
     return list(examples.values())
 
 
-def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what to call it in errors, the object) for each line."""
+def table_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what to call it in errors, the object) for each line of a ``metadata.jsonl``.
+
+    Raises ``MahlstickError`` for a line that is no JSON object.
+    """
     for number, line in enumerate(_text(table.read_bytes(), repr(str(table))).split("\n"), start=1):
         if not line.strip():
             continue

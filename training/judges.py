@@ -171,7 +171,7 @@ class Asker:
 
     def answers(self, images: Sequence[PictureSource], questions: Sequence[str]) -> list[str]:
         """The answer to each of N questions about N pictures."""
-        return _by_parts(list(zip(images, questions, strict=True)), self._answers)
+        return _by_questions(images, questions, self._answers)
 
     def _answers(self, pairs: Sequence[tuple[PictureSource, str]]) -> list[str]:
         inputs, kind = _inputs(pairs, self.processor, self.model)
@@ -187,9 +187,8 @@ class Asker:
         BLIP ranks them by their likelihood (2201.12086, section 4.4), ViLT by its labels' sigmoids. Raises
         ``MahlstickError`` for a candidate that ViLT has no label for.
         """
-        rows = _by_parts(
-            list(zip(images, questions, strict=True)),
-            lambda pairs: self._weights_of(*_inputs(pairs, self.processor, self.model), candidates),
+        rows = _by_questions(
+            images, questions, lambda pairs: self._weights_of(*_inputs(pairs, self.processor, self.model), candidates)
         )
         return np.array([row.tolist() for row in rows])
 
@@ -326,6 +325,16 @@ def _inputs(pairs: Sequence[tuple[PictureSource, str]], processor: Any, model: A
     images, texts = [load_picture(image) for image, _ in pairs], [text for _, text in pairs]
     inputs = processor(images=images, text=texts, padding=True, truncation=True, return_tensors="pt")
     return inputs.to(model.device, model.dtype), model.config.model_type
+
+
+def _by_questions(images: Sequence[PictureSource], questions: Sequence[str], judge: Any) -> list[Any]:
+    """As `_by_parts`, pictures of one question together: BLIP's decoder would read what fills up a shorter one."""
+    found: list[Any] = [None] * len(questions)
+    for text in dict.fromkeys(questions):
+        at = [i for i, question in enumerate(questions) if question == text]
+        for i, answer in zip(at, _by_parts([(images[i], text) for i in at], judge), strict=True):
+            found[i] = answer
+    return found
 
 
 def _by_parts(items: Sequence[Any], judge: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from mahlstick.errors import MahlstickError
 from mahlstick.pipelines.load import choose_device, choose_dtype
 from mahlstick.pipelines.recipe import fingerprint
 from mahlstick.training.captions.embedded import DECODER, EmbeddedCaptioner, shipped_captioner
+from mahlstick.training.metrics import refuse_untrained
 
 EMBEDDED = "embedded"
 _ASK = "Describe this picture in one short sentence."
@@ -106,11 +107,14 @@ class TransformersCaptioner:
             raise MahlstickError(f"{model}: is a {kind}, which is no captioner; give one of {', '.join(FAMILIES)}")
         family = FAMILIES[kind]
 
-        def load_both(local: bool) -> tuple[Any, Any]:
-            network = getattr(transformers, family.model).from_pretrained(model, local_files_only=local, dtype=dtype)
-            return network.eval().to(device), _load_processor(model, local)
+        def load_both(local: bool) -> tuple[Any, Any, set[str]]:
+            network, found = getattr(transformers, family.model).from_pretrained(
+                model, local_files_only=local, dtype=dtype, output_loading_info=True
+            )
+            return network.eval().to(device), _load_processor(model, local), set(found["missing_keys"])
 
-        network, processor = weights.load(model, f"a captioner ({kind})", load_both, ways_out(model))
+        network, processor, missing = weights.load(model, f"a captioner ({kind})", load_both, ways_out(model))
+        refuse_untrained(model, missing)
         if prompt and isinstance(processor, _Mute):
             raise MahlstickError(f"prompt: {model} is a {kind}, which reads none; leave it out")
         processor.tokenizer.padding_side = "left"  # what is generated follows the prompt at once
