@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.caption_resume --data FOLDER --model CAPTIONER --filter CLIP`` captions and filters 1,000 of the
 folder's pictures that way. Nothing is lost: ``metadata.jsonl`` has the bytes of the run left alone. Nothing is
-repeated: the journal has each picture's captions and each picture's scores once. A moment is measured in the process's own
-processor time, which other work on the machine does not stretch.
+repeated: the journal has each picture's captions and each picture's scores once. A moment is measured in the process's
+own processor time, which other work on the machine does not stretch.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,7 +26,9 @@ from mahlstick.training import judges
 from mahlstick.training.captions import captioners, embedded, table
 from mahlstick.training.captions.journal import Journal
 from mahlstick.training.captions.run import CaptionConfig, Done, caption
+from mahlstick.training.config import TrainConfig
 from mahlstick.training.data import read_dataset
+from mahlstick.training.run import train
 from tests import seers
 
 COUNT = 5
@@ -107,6 +110,22 @@ def test_the_trained_captioner_sees(models: Path) -> None:
                                      ["pixel_values"]) for picture in (black, PICTURES[0])]  # fmt: skip
     assert torch.allclose(features[0].mean(-1), torch.zeros(()), atol=1e-5)
     assert not torch.allclose(*features, atol=0.1)
+
+
+def test_a_captioner_learns_to_name_what_it_sees(pictures: Path, tmp_path: Path) -> None:
+    names = ("red", "lime", "blue", "cyan", "black")
+    for i, name in enumerate(names):
+        Image.new("RGB", (32, 32), name).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(name)
+    pipe = StableDiffusionPipeline(**tiny.components("sd1"))
+    out = train(
+        TrainConfig(task="captioner", data=str(pictures), out=str(tmp_path / "out"), steps=150, batch=5, rate=3e-3,
+                    warmup=1, held_out=0, validate_every=0, checkpoint_every=100),
+        pipe,
+    )  # fmt: skip
+    captioner = captioners.load(str(out), device="cpu")
+    made = captioner.generate([Image.open(pictures / f"{i}.png") for i in range(5)], max_new_tokens=8, do_sample=False)
+    assert ["".join(text.split()) for text in made] == list(names)
 
 
 def test_the_loss_ends_at_the_first_end_of_text() -> None:

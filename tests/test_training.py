@@ -37,7 +37,7 @@ from mahlstick.training.run import train
 from mahlstick.training.tasks import TASKS as TASKS_BY_NAME
 from mahlstick.training.tasks import ControlNetTask, rest
 
-TASKS = ["controlnet", "ip-adapter", "lora", "base", "vae", "clip"]
+TASKS = ["controlnet", "ip-adapter", "lora", "base", "vae", "clip", "captioner"]
 
 
 @pytest.fixture(scope="module")
