@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ class EmbeddedCaptioner:
         ids = torch.tensor([start] * len(pictures), device=seen.device)
         options["max_new_tokens"] = min(options["max_new_tokens"], self.tokenizer.model_max_length - len(start))
         made = self.decoder.generate(ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=seen, **options)
-        return cast(list[str], self.tokenizer.batch_decode(made[:, len(start) :], skip_special_tokens=True))
+        texts = self.tokenizer.batch_decode(made[:, len(start) :], skip_special_tokens=True)
+        return [re.sub(r" (?=[,.;:!?])", "", text) for text in texts]  # its words all end in a space
 
 
 def shipped_captioner() -> Path | None:
