@@ -359,7 +359,7 @@ def test_which_way_is_better() -> None:
     better = {name: metrics.higher_is_better(name) for name in ("edge_f1", "recall_at_5", "clip_t", "mean_iou")}
     worse = {name: metrics.higher_is_better(name) for name in ("rmse", "normal_angle", "frechet_distance")}
     assert all(better.values()) and not any(worse.values())
-    by_networks = {"itm", "vqa_accuracy", "entailed", "contradicted", "likeness"}  # `training.judges`, `feature_network`
+    by_networks = {"itm", "vqa_accuracy", "entailed", "contradicted", "likeness"}
     for name in metrics._HIGHER_IS_BETTER.keys() - by_networks:
         assert callable(getattr(metrics, name)), "a measure is named after its function"
     with pytest.raises(MahlstickError, match="'beauty' is unknown; use one of edge_f1"):
