@@ -16,13 +16,13 @@ from PIL import Image
 from mahlstick import annotators
 from mahlstick.errors import MahlstickError
 from mahlstick.page import status
-from mahlstick.page.create import _only_data, _samplers
+from mahlstick.page.create import only_data, sampler_choices
 from mahlstick.page.faults import sentence
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Cancelled, Job, Jobs, Work, forming
 from mahlstick.page.models import Models
 from mahlstick.page.texts import label, say
-from mahlstick.page.units import UnitFault, Updates, Values, _annotators, error_line, slide
+from mahlstick.page.units import UnitFault, Updates, Values, annotator_choices, error_line, slide
 from mahlstick.pipelines.animate import FPS, animate
 from mahlstick.pipelines.load import Loader
 from mahlstick.pipelines.request import ClipControlSpec, VideoRequest
@@ -105,7 +105,7 @@ class Animate:
                 self.guidance = gr.Number(None, label=label("guidance"), **own)
             with gr.Row():
                 self.sampler = gr.Dropdown(
-                    [(label("own_sampler"), ""), *_samplers()], value="", label=label("sampler"), min_width=140
+                    [(label("own_sampler"), ""), *sampler_choices()], value="", label=label("sampler"), min_width=140
                 )
                 self.seed = gr.Number(
                     None, label=label("seed"), placeholder=label("seed_hint"), precision=0, min_width=120
@@ -124,7 +124,7 @@ class Animate:
                 first = self._models.nets[0][1] if self._models.nets else None
                 self.net = gr.Dropdown(self._models.nets, value=first, label=label("net"), min_width=140)
                 self.annotator = gr.Dropdown(
-                    _annotators(),
+                    annotator_choices(),
                     value=first if first in annotators.names() else "",
                     label=label("annotator"),
                     min_width=140,
@@ -350,7 +350,7 @@ class Animate:
         webp.
         """
         try:
-            _only_data(request)
+            only_data(request)
             wanted = VideoRequest(**_with_videos(request, self._kept(init), self._kept(control)))
             if named := [name for name in (*_ELSEWHERE, "audio") if getattr(wanted, name)]:
                 raise MahlstickError(f"{named[0]}: is not for this page; leave it out")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mahlstick.errors import MahlstickError
 from mahlstick.page import status
-from mahlstick.page.create import CONTROLS, IMAGE_PROMPTS, Create, _only_data
+from mahlstick.page.create import CONTROLS, IMAGE_PROMPTS, Create, only_data
 from mahlstick.page.faults import sentence
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Cancelled, Job, Jobs, Work, forming
@@ -209,7 +209,7 @@ class Compare:
         ``y`` may be null.
         """
         try:
-            _only_data(request)
+            only_data(request)
             wanted, across, down = Request(**request), Axis(**x), Axis(**y) if y else None
             _check_count(across, down)
             for row in cells(wanted, across, down):
@@ -289,7 +289,7 @@ class Compare:
         cleared: Updates = dict.fromkeys(self._errors, "")
         try:
             recipe, offered = read_grid(path), self._offered(session)
-            _only_data(recipe.request.model_dump(mode="json"))
+            only_data(recipe.request.model_dump(mode="json"))
             offered.check(recipe.request)
             for axis in [recipe.x] + ([recipe.y] if recipe.y is not None else []):
                 _check_shown(axis, recipe.request)

@@ -86,7 +86,7 @@ class Create:
                     self._models.bases, value="embedded", label=label("model"), elem_id="model", min_width=140
                 )
                 self.sampler = gr.Dropdown(
-                    [(label("own_sampler"), ""), *_samplers()], value="", label=label("sampler"), min_width=140
+                    [(label("own_sampler"), ""), *sampler_choices()], value="", label=label("sampler"), min_width=140
                 )
             with gr.Row():
                 self.steps = gr.Slider(1, 100, 20, step=1, label=label("steps"), min_width=140, buttons=[])
@@ -404,7 +404,7 @@ class Create:
         """
         try:
             wanted = Request(**request)
-            _only_data(request)
+            only_data(request)
             if wanted.images > PICTURES:
                 raise MahlstickError(f"images: at most {PICTURES} at once here, not {wanted.images}")
             self._models.check(wanted)
@@ -498,7 +498,7 @@ class Create:
 
     def _restored(self, path: Path, session: str, browser: gr.Request) -> Updates:
         recipe = read_recipe(path)
-        _only_data(recipe.request.model_dump(mode="json"))
+        only_data(recipe.request.model_dump(mode="json"))
         request = recipe.request.model_copy(update={"seeds": [_seed(recipe)], "images": 1, "seed": None})
         self._models.check(request, self._history.results(session))
         lost = _lost(request)
@@ -599,7 +599,7 @@ def _show_next(*shown: bool) -> list[Any]:
     return [*(gr.update(visible=visible) for visible in after), *after]
 
 
-def _samplers() -> list[tuple[str, str]]:
+def sampler_choices() -> list[tuple[str, str]]:
     names = schedulers.names()
     return [(name, name) for name in [*names, *(f"{name}_karras" for name in names if name.startswith("dpm++"))]]
 
@@ -623,7 +623,7 @@ def _lost(request: Request) -> list[str]:
     return names
 
 
-def _only_data(value: Any) -> None:
+def only_data(value: Any) -> None:
     """Raises :class:`MahlstickError` where a request from outside names a picture on this machine."""
     pictures = ("init", "mask", "image", "images", "negative")
     if isinstance(value, dict):
@@ -631,10 +631,10 @@ def _only_data(value: Any) -> None:
             for source in inner if isinstance(inner, list) else [inner]:
                 if name in pictures and isinstance(source, str) and not source.startswith("data:"):
                     raise MahlstickError(f"{name}: give the picture as a data: URL, as Request.to_json() writes it")
-            _only_data(inner)
+            only_data(inner)
     elif isinstance(value, list):
         for inner in value:
-            _only_data(inner)
+            only_data(inner)
 
 
 # Button -> the fields of the request that it shows; pictures are those of the assets.

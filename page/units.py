@@ -123,7 +123,7 @@ class ControlUnit(_Unit):
             with gr.Row():
                 self.adapter = gr.Dropdown(models.nets, value=self.first, label=label("net"), min_width=140)
                 self.annotator = gr.Dropdown(
-                    _annotators(), value=_suiting(self.first), label=label("annotator"), min_width=140
+                    annotator_choices(), value=_suiting(self.first), label=label("annotator"), min_width=140
                 )
             self._options()
             self.seen = gr.Image(
@@ -240,7 +240,7 @@ class ControlUnit(_Unit):
 _MODES = ("balanced", "prompt", "control", "guess")
 
 
-def _annotators() -> list[tuple[Any, str]]:
+def annotator_choices() -> list[tuple[Any, str]]:
     """Those that work at once come first."""
     free = [name for name in annotators.names() if annotators.get(name).weights is None]
     others = [name for name in annotators.names() if name not in free]
