@@ -248,7 +248,8 @@ class Library:
     def add(
         self, pictures: Iterable[str | os.PathLike[str]] | Mapping[Any, Sequence[str]], progress: bool = True
     ) -> Report:
-        """Add pictures by path, with their captions if it is a mapping; those that are known are not encoded again.
+        """Add pictures by path, with their captions if it is a mapping; those that are known are not encoded again, and
+        keep their captions where none are given.
 
         A picture is known by its content. One that changed is added anew in its old place, one that moved is kept with
         its new place, and of two copies the first counts. What is no picture is skipped and reported. Raises
@@ -433,11 +434,14 @@ class Library:
         name, listed, stat = self._name(file), json.dumps(captions, ensure_ascii=False), file.stat()
         entry = {"path": name, "size": stat.st_size, "modified": stat.st_mtime_ns, "captions": listed}
         before = data.execute("SELECT size, modified, captions FROM pictures WHERE path = ?", (name,)).fetchone()
-        if before == (stat.st_size, stat.st_mtime_ns, listed):
+        as_it_was = before is not None and before[:2] == (stat.st_size, stat.st_mtime_ns)
+        if as_it_was and (not captions or before[2] == listed):
             report.known += 1
             return
         entry["sha256"] = sha256 = _sha256(file)
         same = data.execute("SELECT path, captions FROM pictures WHERE sha256 = ?", (sha256,)).fetchone()
+        if same is not None and not captions:
+            entry["captions"] = listed = same[1]
         if sha256 in waiting or (same is not None and same[0] != name and _holds(self._file(same[0]), sha256)):
             with data:  # a copy, maybe in the place of a picture that is no more
                 data.execute("DELETE FROM pictures WHERE path = ? AND sha256 <> ?", (name, sha256))

@@ -216,6 +216,17 @@ def test_only_what_is_new_is_encoded(here: Path, encoded: list[int]) -> None:
         assert np.allclose(*(module._features([row[3]]) for row in (one, other)), atol=CLOSE)  # batches differ
 
 
+def test_captions_stay_where_none_are_given(here: Path, encoded: list[int]) -> None:
+    given = save_pictures(here / "pictures")
+    Library().add(given, progress=False)
+    before, count = contents(here / "library.sqlite"), sum(encoded)
+    fox = next(iter(given))
+    os.utime(fox, ns=(1, 1))
+    assert Library().add([fox, *list(given)[1:]], progress=False).known == len(given)
+    assert [one[:3] for one in contents(here / "library.sqlite")] == [one[:3] for one in before]
+    assert sum(encoded) == count
+
+
 def test_two_copies_at_once_are_one_picture(here: Path) -> None:
     given = [here / name for name in ("a.png", "b.png")]
     for path in given:
