@@ -20,14 +20,14 @@ CONFIG = Path(__file__).parents[1] / "docs" / "distributed" / "ddp.yaml"
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
-@pytest.mark.parametrize("task", ["controlnet", "clip"])
-def test_two_processes_give_the_result_of_one(task: str, tmp_path: Path) -> None:
-    """CLIP's loss is that of the whole batch, over both processes."""
+@pytest.mark.parametrize(("task", "optimiser"), [("controlnet", "adamw"), ("clip", "adamw"), ("controlnet", "muon")])
+def test_two_processes_give_the_result_of_one(task: str, optimiser: str, tmp_path: Path) -> None:
+    """CLIP's loss is that of the whole batch, over both processes; Muon's work is shared between them."""
     kill_resume.draw_pictures(tmp_path / "pictures")
     kill_resume.base().save_pretrained(tmp_path / "base")
     flags = (
         f"{task} --base {tmp_path}/base --data {tmp_path}/pictures --resolution 64 --steps 3 --batch 4 --warmup 1"
-        " --rate 1e-3 --log-every 1 --validate-every 3 --checkpoint-every 2 --held-out 0.2"
+        f" --optimiser {optimiser} --rate 1e-3 --log-every 1 --validate-every 3 --checkpoint-every 2 --held-out 0.2"
     ).split()
     flags += ["--annotator", "canny"] if task == "controlnet" else []
     one = train(from_flags([*flags, "--out", str(tmp_path / "one")]))

@@ -6,7 +6,9 @@ import copy
 import errno
 import json
 import shutil
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import mahlstick as ms
 from benchmarks import tiny
 from benchmarks.full_size import resident
 from mahlstick.training.cache import FeatureCache
-from mahlstick.training.checkpoint import Checkpoints
+from mahlstick.training.checkpoint import Checkpoints, write_whole
 from mahlstick.training.config import TrainConfig, from_flags
 from mahlstick.training.data import read_dataset
 from mahlstick.training.loop import Loop, new_accelerator
@@ -228,9 +230,11 @@ def test_samples_beside_the_true_pictures(task: str, figure: str, columns: int, 
         assert grid.width == columns * tiny.SIZE
 
 
-def test_the_schedule_free_optimiser_learns_and_goes_on(pictures: Path, tmp_path: Path) -> None:
-    pytest.importorskip("schedulefree")
-    fields = {"optimiser": "schedule-free", "validate_every": 2}
+@pytest.mark.parametrize("optimiser", ["schedule-free", "muon"])
+def test_another_optimiser_learns_and_goes_on(optimiser: str, pictures: Path, tmp_path: Path) -> None:
+    if optimiser == "schedule-free":
+        pytest.importorskip("schedulefree")
+    fields = {"optimiser": optimiser, "validate_every": 2}
     whole = train(config("vae", pictures, tmp_path / "whole", **fields), pipe())
     train(config("vae", pictures, tmp_path / "parts", steps=2, **fields), pipe())
     assert same(whole, train(config("vae", pictures, tmp_path / "parts", **fields), pipe()))
@@ -453,6 +457,31 @@ def test_a_kill_between_checkpoint_and_validation_has_it_made_again(pictures: Pa
     assert (out / "log.jsonl").read_text() == log and (out / "best").is_dir()
     train(wanted, pipe())  # and not once more
     assert (out / "log.jsonl").read_text() == log
+
+
+def test_ctrl_c_finishes_the_step_and_keeps_it(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"steps": 4, "checkpoint_every": 100, "log_every": 3, "ema": 0.9}
+    whole = train(config("controlnet", pictures, tmp_path / "whole", **fields), pipe())
+    took = iter(range(1, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlNetTask, "stepped", lambda _: next(took) == 2 and signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(config("controlnet", pictures, tmp_path / "parts", **fields), pipe())
+    assert Checkpoints(tmp_path / "parts" / "checkpoints", 2).newest() == 2
+    parts = train(config("controlnet", pictures, tmp_path / "parts", **fields), pipe())
+    assert same(whole, parts)
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (whole, parts)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_text_is_written_whole_though_two_write_it(tmp_path: Path) -> None:
+    path, texts = tmp_path / "state.json", ["a" * 100_000, "b" * 100_000]
+    with ThreadPoolExecutor(4) as threads:
+        for found in [threads.submit(write_whole, path, texts[i % 2]) for i in range(40)]:
+            found.result()
+    assert path.read_text() in texts and [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,8 @@ class TrainConfig(Spec):
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch: int = Field(4, ge=1, description="pictures or clips an optimiser step, over all processes")
     micro_batch: int | None = Field(None, ge=1, description="pictures at once in one process; left out, as many as fit")
-    optimiser: Literal["adamw", "adamw8bit", "schedule-free"] = Field("adamw", description="fused, 8-bit or without a"
-        " schedule")  # fmt: skip
+    optimiser: Literal["adamw", "adamw8bit", "schedule-free", "muon"] = Field("adamw", description="fused, 8-bit,"
+        " without a schedule, or Muon, which learns more from a step")  # fmt: skip
     rate: float | None = Field(None, gt=0, description="peak learning rate; left out, the task's usual one")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     warmup: int = Field(50, ge=0, description="steps of rising rate")

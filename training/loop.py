@@ -12,6 +12,8 @@ import json
 import logging
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -113,7 +115,7 @@ class Loop:
         self.rows = Rows(task, cache, digests, plan, a.process_index, a.num_processes)
         self.share = config.batch // a.num_processes
         self.micro = min(config.micro_batch or self.share, self.share)
-        optimiser = optimisers.build(config, task.train().parameters())
+        optimiser = optimisers.build(config, task.train())
         self.model, self.optimiser = a.prepare(task, optimiser)
         if config.optimiser == "schedule-free":
             self.optimiser.train()
@@ -128,8 +130,18 @@ class Loop:
     # ---- running
 
     def run(self) -> Path:
-        """Take every step that is left, and write the result; returns its folder."""
+        """Take every step that is left, and write the result; returns its folder. Ctrl-C leaves a checkpoint."""
         self._start_log()
+        try:
+            self._learn()
+        except KeyboardInterrupt:
+            step = self.progress.step
+            if self.accelerator.num_processes == 1 and step and step not in self.checkpoints.steps():
+                self.save()  # of several processes none knows where the others stand
+            raise
+        return self.finish()
+
+    def _learn(self) -> None:
         if self._validation_is_due():  # a kill came between this step's checkpoint and its validation
             self.validate()
         ahead = self._batches()
@@ -139,8 +151,10 @@ class Loop:
         )
         began, seen = time.monotonic(), 0
         while progress.step < config.steps:
-            loss, norm = self.step(next(ahead))
-            self.losses.append(loss)
+            batch = next(ahead)
+            with finished_first():
+                loss, norm = self.step(batch)
+                self.losses.append(loss)
             seen += config.batch
             bar.update()
             step = progress.step
@@ -156,7 +170,6 @@ class Loop:
                 self.validate()
                 began, seen = time.monotonic(), 0
         bar.close()
-        return self.finish()
 
     def step(self, batch: Features) -> tuple[Tensor, float]:
         """One optimiser step; → the loss and the gradient's length before it was clipped. After an out-of-memory
@@ -448,6 +461,22 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
+@contextmanager
+def finished_first() -> Iterator[None]:
+    """A block that Ctrl-C does not break off: it takes effect when the block is done."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        signal.raise_signal(signal.SIGINT)
+
+
 def give_back_freed_memory() -> None:
     """Have glibc return large blocks to the system as soon as they are freed. Small nets would be slower by a tenth.
 
@@ -474,6 +503,10 @@ def check_processes(config: TrainConfig, task: Task, accelerator: Accelerator) -
         raise MahlstickError("ema: is not kept under FSDP; leave it out, or train with DDP")
     if sharded and config.validate_every:
         raise MahlstickError("validate_every: one process alone cannot run a sharded model; give 0, or train with DDP")
+    if sharded and config.optimiser == "muon":
+        raise MahlstickError(
+            "optimiser: muon needs whole matrices, and FSDP cuts them up; take adamw, or train with DDP"
+        )
     if sharded and config.task == "lora":
         raise MahlstickError("lora: its few weights lie inside of the UNet and are not sharded; train with DDP")
     if task.whole_batch and config.micro_batch not in (None, config.batch // accelerator.num_processes):

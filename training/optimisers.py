@@ -13,13 +13,17 @@ from torch import Tensor, nn
 
 from mahlstick.errors import MahlstickError
 from mahlstick.training.config import TrainConfig
+from mahlstick.training.muon import Muon
 
 BETAS = (0.9, 0.999)
 
 
-def build(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> Any:
-    """The optimiser that the config names. Raises ``MahlstickError`` where its package is missing."""
-    known = [p for p in parameters if p.requires_grad]
+def build(config: TrainConfig, module: nn.Module) -> Any:
+    """The optimiser that the config names, of what learns in a module. Raises ``MahlstickError`` where its package is
+    missing."""
+    if config.optimiser == "muon":
+        return Muon(module, config.peak_rate, BETAS, config.weight_decay)
+    known = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in known if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in known if p.ndim <= 1], "weight_decay": 0.0},
