@@ -14,9 +14,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+from transformers import CLIPTextModel, MobileNetV2Config, MobileNetV2ForImageClassification
 
+from mahlstick.adapters.controlnet import ControlNet
+from mahlstick.adapters.ip_adapter import IPAdapter
+from mahlstick.adapters.motion import MotionAdapter
 from mahlstick.errors import MahlstickError
+from mahlstick.training.captions.embedded import EmbeddedCaptioner
 from mahlstick.training.config import TrainConfig, read_config
 from mahlstick.training.data import read_dataset
 from mahlstick.training.metrics import Classifier
@@ -312,7 +316,11 @@ def test_every_recipe_trains_from_nothing_to_the_assembled_model(
     learned = UNet2DConditionModel.from_pretrained(command.CACHE / "runs" / "base")
     for name, weight in learned.state_dict().items():
         assert torch.equal(pipe.unet.state_dict()[name], weight.half().float())
-    assert {path.name for path in (tmp_path / "assets").glob("*/*adapter*")} == {"ip-adapter", "ip-adapter-plus"}
+    shipped = tmp_path / "assets" / "embedded"
+    assert {path.name for path in shipped.glob("*adapter*")} == {"ip-adapter", "ip-adapter-plus"}
+    MotionAdapter.from_pretrained(shipped / "motion")
+    assert EmbeddedCaptioner.load(shipped / "captioner", "cpu", torch.float32).encoder is not None
+    assert CLIPTextModel.from_pretrained(shipped / "clip" / "text_encoder").dtype == torch.float32
     assert len(card.trainings(command.CACHE / "runs")) == len(list(RECIPES.glob("*.toml")))
     monkeypatch.setattr(assemble, "LIMIT", 10**6)
     (tmp_path / "assets" / "embedded" / "marker").touch()
@@ -389,7 +397,8 @@ def test_the_gallery_plans_every_embedded_net(tmp_path: Path) -> None:
         for request in requests
         for unit in (*request.controls, *request.image_prompts)
     }
-    names = {folder.removeprefix("controlnet-") for folder in assemble.ADAPTERS.values()}
+    drawn = [extra.folder for extra in assemble.EXTRAS.values() if extra.kind in (ControlNet, IPAdapter)]
+    names = {folder.removeprefix("controlnet-") for folder in drawn}
     assert used == {name for folder in names for name in folder.split("+")}
 
 

@@ -102,7 +102,7 @@ def do(args: argparse.Namespace) -> None:
     elif stage == "adopt-vae":
         models.adopt_vae(model, result("vae"), args.known, drawings(emoji.load(CACHE)))
     elif stage == "assemble":
-        assemble.assemble(model, {name: result(name) for name in assemble.ADAPTERS}, ASSETS)
+        assemble.assemble(model, {name: result(name, [extra.part]) for name, extra in assemble.EXTRAS.items()}, ASSETS)
     elif stage == "figures":
         measure(CACHE, figures, args.only)
     elif stage == "card":

@@ -5,35 +5,53 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import BlipTextLMHeadModel, CLIPTextModel
 
 from mahlstick.adapters.controlnet import ControlNet
 from mahlstick.adapters.ip_adapter import IPAdapter
+from mahlstick.adapters.motion import MotionAdapter
 from mahlstick.errors import MahlstickError
 from mahlstick.training.recipes.models import copy_vocabulary
 
 log = logging.getLogger(__name__)
 
 LIMIT = 80_000_000  # bytes of assets/ together
-# trained net → its folder; one net for several controls bears all their names
-ADAPTERS = {
-    "controlnet": "controlnet-canny+color+lineart+mask+scribble",
-    "ip-adapter": "ip-adapter",
-    "ip-adapter-plus": "ip-adapter-plus",
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A net that ships beside the pipeline: its class, its folder, and where in its run it lies."""
+
+    kind: Any
+    folder: str
+    part: str = ""
+
+
+# by the names of their runs; one net for several controls bears all their names
+EXTRAS = {
+    "controlnet": Extra(ControlNet, "controlnet-canny+color+lineart+mask+scribble"),
+    "ip-adapter": Extra(IPAdapter, "ip-adapter"),
+    "ip-adapter-plus": Extra(IPAdapter, "ip-adapter-plus"),
+    "motion": Extra(MotionAdapter, "motion"),
+    "captioner": Extra(BlipTextLMHeadModel, "captioner/decoder", "decoder"),
+    "clip": Extra(CLIPTextModel, "clip/text_encoder", "text_encoder"),  # the pipeline's own learned on with the UNet
 }
 
 
-def assemble(model: Path, adapters: dict[str, Path], out: Path) -> Path:
-    """Write ``out/embedded`` from the pipeline folder ``model`` and the trained ``adapters``, by their names in
-    ADAPTERS; what is there already is replaced when the new one is whole. Raises ``MahlstickError`` beyond LIMIT.
-    """
+def assemble(model: Path, runs: Mapping[str, Path], out: Path) -> Path:
+    """Write ``out/embedded`` from the pipeline folder ``model`` and the results of ``runs``, by their names in EXTRAS;
+    what is there already is replaced when the new one is whole. Raises ``MahlstickError`` beyond LIMIT."""
     new, old, folder = out / ".embedded", out / ".embedded-before", out / "embedded"
     shutil.rmtree(new, ignore_errors=True)
     try:
-        size = _write(model, adapters, new) + _bytes(out / "examples")
+        size = _write(model, runs, new) + _bytes(out / "examples")
         if size > LIMIT:
             raise MahlstickError(f"{folder} would take {size / 1e6:.1f} MB of {LIMIT / 1e6:.0f}; make the nets smaller")
         shutil.rmtree(old, ignore_errors=True)
@@ -47,14 +65,14 @@ def assemble(model: Path, adapters: dict[str, Path], out: Path) -> Path:
     return folder
 
 
-def _write(model: Path, adapters: dict[str, Path], new: Path) -> int:
+def _write(model: Path, runs: Mapping[str, Path], new: Path) -> int:
     """The folder; how many bytes it takes."""
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
     pipe.to(dtype=torch.float16).save_pretrained(new)
     copy_vocabulary(model, new)
-    for name, source in adapters.items():
-        kind = ControlNet if name == "controlnet" else IPAdapter
-        kind.from_pretrained(source).half().save_pretrained(new / ADAPTERS[name])
+    for name, run in runs.items():
+        extra = EXTRAS[name]
+        extra.kind.from_pretrained(run / extra.part).half().save_pretrained(new / extra.folder)
     portable(new)
     return _bytes(new)
 
