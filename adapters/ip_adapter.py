@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -142,10 +143,14 @@ class IPAdapter(Adapter):
         **config: Any,
     ) -> Self:
         """Load as :meth:`Adapter.from_pretrained`; ``image_encoder`` is a vision model, its folder or hub id, and
-        ``tokenizer``, of a projector that reads the prompt, one of transformers or its folder."""
+        ``tokenizer``, of a projector that reads the prompt, one of transformers or its folder; left out, that in the
+        folder ``tokenizer`` beside the weights, where ``mahlstick train`` writes it."""
         adapter = super().from_pretrained(path, dtype=dtype, **config)
         if image_encoder is not None:
             adapter.use_encoder(image_encoder)
+        beside = (Path(path) if Path(path).is_dir() else Path(path).parent) / "tokenizer"
+        if tokenizer is None and adapter.reads and beside.is_dir():
+            tokenizer = beside
         adapter.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, PathLike)) else tokenizer
         return adapter
 

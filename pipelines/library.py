@@ -38,7 +38,7 @@ from tqdm import tqdm
 from mahlstick.adapters.image_encoder import ImageEncoder, fetched
 from mahlstick.errors import MahlstickError
 from mahlstick.pictures import load_picture
-from mahlstick.pipelines.load import choose_device, embedded_folder
+from mahlstick.pipelines.load import choose_device, embedded_folder, text_tower
 from mahlstick.pipelines.recipe import fingerprint
 from mahlstick.pipelines.request import Found, ImagePromptSpec
 from mahlstick.pipelines.sheet import contact_sheet
@@ -111,9 +111,14 @@ class Towers:
         return _unit(found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output)
 
 
+def _folder(name: str) -> Path:
+    """The folder of that name, which need not be there: it may be a hub id."""
+    return embedded_folder() if name == EMBEDDED else Path(name).expanduser()
+
+
 def _places(name: str) -> list[Path | str]:
     """Where the image encoder lies and, of a folder with several parts, its picture processor."""
-    folder = embedded_folder() if name == EMBEDDED else Path(name).expanduser()
+    folder = _folder(name)
     if (folder / "image_encoder").is_dir():
         return [folder / "image_encoder", folder / "feature_extractor"]
     return [folder if folder.exists() else name]
@@ -123,11 +128,11 @@ def _text_tower(name: str) -> tuple[Any, Any]:
     """The text tower in the space of the image encoder with its tokenizer, or None twice."""
     import transformers
 
-    if not _reads(name):  # such as a pipeline's folder, whose encoders need not have learned together
+    if not _reads(name):
         return None, None
-    folder = Path(name).expanduser()
-    if (folder / "text_encoder").is_dir():
-        return _load("CLIPTextModel", folder / "text_encoder").eval(), _load("AutoTokenizer", folder / "tokenizer")
+    folder = _folder(name)
+    if (tower := text_tower(folder)) is not None:
+        return _load("CLIPTextModel", tower).eval(), _load("AutoTokenizer", folder / "tokenizer")
     source = folder if folder.exists() else name
     config = _load("AutoConfig", source)
     if config.model_type == "clip":  # whose own width of the projection counts, not that beside its tower
@@ -142,11 +147,12 @@ def _text_tower(name: str) -> tuple[Any, Any]:
 
 def _reads(name: str) -> bool:
     """Whether an encoder has a text tower, without loading it."""
-    folder = embedded_folder() if name == EMBEDDED else Path(name).expanduser()
+    folder = _folder(name)
+    if text_tower(folder) is not None:
+        return True
     if (folder / "model_index.json").is_file():
         return False
-    source = folder if folder.exists() else name
-    return (folder / "text_encoder").is_dir() or _load("AutoConfig", source).model_type in _TEXT_TOWERS
+    return _load("AutoConfig", folder if folder.exists() else name).model_type in _TEXT_TOWERS
 
 
 def _load(kind: str, source: Path | str) -> Any:
@@ -164,10 +170,10 @@ def _unit(rows: Tensor) -> Array:
 
 def _encoder_print(name: str) -> str:
     """A fingerprint of what an encoder's name stands for."""
-    folder = embedded_folder() if name == EMBEDDED else Path(name).expanduser()
+    folder = _folder(name)
     parts: list[Path | str] = [*_places(name)]
-    if not (folder / "model_index.json").is_file() and (folder / "text_encoder").is_dir():
-        parts += [folder / "text_encoder", folder / "tokenizer"]
+    if (tower := text_tower(folder)) is not None:
+        parts += [tower, folder / "tokenizer"]
     prints = [fingerprint(Path(part)) for part in parts]
     return prints[0] if len(prints) == 1 else f"sha256:{hashlib.sha256(' '.join(prints).encode()).hexdigest()}"
 
@@ -406,13 +412,16 @@ class Library:
         self._encoder = self._encoder or known.get("encoder", EMBEDDED)
         if known and not loaded:
             return known
+        reads = str(_reads(self._encoder))  # which fetches what of a hub id is not here yet
         found = _encoder_print(self._encoder)
         if known and found != known["fingerprint"]:
             raise MahlstickError(
                 f"{self.path}: its features are by {known['encoder']} ({known['fingerprint'][:19]}…), and"
                 f" {self._encoder} is {found[:19]}… here; give that encoder, or add the pictures to a new library"
             )
-        return known or {"encoder": self._encoder, "fingerprint": found, "reads": str(_reads(self._encoder))}
+        folder = Path(self._encoder).expanduser()
+        place = str(folder.absolute()) if folder.exists() else self._encoder  # a name, a hub id
+        return known or {"encoder": place, "fingerprint": found, "reads": reads}
 
     @cached_property
     def _towers(self) -> Towers:

@@ -47,6 +47,13 @@ def embedded_folder() -> Path:
     return folder
 
 
+def text_tower(folder: Path) -> Path | None:
+    """The folder of the text encoder that learned with a folder's image encoder, where it has one: beside it, as
+    ``mahlstick train clip`` writes the two; of a pipeline, whose own text encoder serves its UNet, in ``clip``."""
+    within = folder / "clip" if (folder / "model_index.json").is_file() else folder
+    return within / "text_encoder" if (within / "text_encoder").is_dir() else None
+
+
 def embedded_adapters() -> dict[str, Path]:
     """The adapters that come with the embedded model, by name: the folders ``controlnet-NAME``, or
     ``controlnet-NAME+NAME`` for one net that knows several controls, ``ip-adapter`` or what begins with it, and

@@ -130,6 +130,39 @@ def test_similarities_are_those_of_the_whole_model(save: Callable[[Path], Path],
     ]
 
 
+def test_a_pipeline_reads_with_the_tower_beside_it(here: Path) -> None:
+    """Its own text encoder serves the UNet, and need not know the image encoder."""
+    clip = transformers.CLIPModel.from_pretrained(save_clip(here / "clip"))
+    config = clip.config.vision_config
+    config.projection_dim = WIDTH
+    torch.manual_seed(3)
+    folder = here / "pipe"
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    feature_extractor().save_pretrained(folder / "feature_extractor")
+    tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "text_encoder").mkdir()
+    (folder / "model_index.json").write_text("{}")
+    assert Towers.load(str(folder)).text is None
+    without = module._encoder_print(str(folder))
+    tower = transformers.CLIPTextModel(clip.config.text_config)
+    tower.save_pretrained(folder / "clip" / "text_encoder")
+    assert module._encoder_print(str(folder)) != without
+    library = Library(encoder="pipe")
+    library.add(save_pictures(here / "pictures"), progress=False)
+    assert library.search("fox")[0].similarities.keys() == {"picture", "caption"}
+    (here / "other").mkdir()
+    os.chdir(here / "other")
+    assert Library(here / module.LIBRARY).search("fox"), "its encoder is found from anywhere"
+
+
+def test_a_hub_id_is_fetched_before_it_is_asked_for_its_commit(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name in ("_reads", "_encoder_print"):
+        monkeypatch.setattr(module, name, lambda encoder, name=name: asked.append(name))
+    Library(encoder="owner/clip").add([], progress=False)
+    assert asked == ["_reads", "_encoder_print"]
+
+
 def test_words_find_captions_where_the_encoder_reads_none(here: Path) -> None:
     library = Library()
     library.add(save_pictures(here / "pictures"), progress=False)
@@ -525,6 +558,9 @@ def test_the_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert run("remove", "--library", "styles.sqlite")[0] == 2
     assert run("add", "broken.png")[0] == 2
+    picture().save("latin.png")
+    Path("latin.txt").write_bytes("café".encode("latin-1"))
+    assert run("add", "latin.png")[2] == "mahlstick: latin.txt is not UTF-8 text; save it again as UTF-8\n"
     assert run("add", "nowhere")[2] == "mahlstick: nowhere: no such picture or folder; check the path\n"
     for command in ("add", "search", "list", "remove"):
         assert f"mahlstick library {command} " in run(command, "--help")[1]

@@ -421,6 +421,21 @@ def test_a_picture_for_every_frame() -> None:
         made(pictures, ipadapter=Loaded(adapter))
 
 
+def test_an_adapter_that_reads_is_told_the_prompt() -> None:
+    torch.manual_seed(5)
+    sizes: dict[str, Any] = {"feature_dim": tiny.WIDTH, "tokens": 2, "depth": 2, "heads": 2, "head_dim": 16}
+    adapter = ms.IPAdapter.from_unet(unet(), "instruct_qformer", vocabulary=515, **sizes)
+    adapter.tokenizer = tiny.tokenizer()
+    loaded = Loaded(adapter, ClipVision(tiny.image_encoder(), tiny.feature_extractor()))
+
+    def made(prompt: str) -> Tensor:
+        picture = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+        node = run("MahlstickImagePrompt", model=model(), image=picture, ipadapter=loaded, prompt=prompt)
+        return output(*node.units, frames=1)
+
+    assert not torch.allclose(made("ab"), made("cd"), atol=1e-4)
+
+
 def test_a_control_with_mode_and_mask() -> None:
     """Without effect under a black mask; under a white one as ControlNetApplyAdvanced, but for the mode."""
     net: Any = tiny.awake(ms.ControlNet.from_unet(unet(), conditioning_embedding_out_channels=(4, 6, 6, 8)))

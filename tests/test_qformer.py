@@ -429,6 +429,9 @@ def test_it_learns_four_colours_and_an_adapter_begins_with_it(pictures: Path, tm
         }
         adapter = ms.IPAdapter.from_pretrained(train(config(pictures, tmp_path / projector, **second), pipe()))
         assert adapter.config["projector"] == projector and adapter.config["tokens"] == 3
+        if adapter.reads:  # with the tokenizer that it learned with
+            assert torch.equal(adapter.words(["a red disc"]), adapter.words(["a red disc"], tiny.tokenizer()))
+        assert (adapter.tokenizer is not None) == adapter.reads
         begun: Any = adapter.image_proj
         assert torch.allclose(begun.qformer(batch["image"])[0], task.net.qformer(batch["image"])[0], atol=1e-5)
     with pytest.raises(ms.MahlstickError, match="is a Q-Former; give --projector qformer or instruct_qformer"):

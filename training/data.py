@@ -266,7 +266,7 @@ def _read_items(folder: Path, folders: Folders, kind: Kind) -> list[Example]:
     return [
         Example(
             picture.relative_to(folder).as_posix(),
-            _lines(captions[stem].read_bytes(), repr(str(captions[stem]))) if stem in captions else ("",),
+            caption_lines(captions[stem].read_bytes(), repr(str(captions[stem]))) if stem in captions else ("",),
             FolderSource(picture) if picture.is_dir() else FileSource(picture),
             **{part: find(picture.relative_to(folder)) for part, find in finders.items()},
         )
@@ -407,7 +407,7 @@ def _member_captions(archive: tarfile.TarFile, members: dict[str, tarfile.TarInf
         return file.read()
 
     if "txt" in members:
-        return _lines(content(members["txt"]), label)
+        return caption_lines(content(members["txt"]), label)
     if "json" not in members:
         return ("",)
     try:
@@ -490,7 +490,7 @@ def _captions(row: dict[str, Any], label: str) -> tuple[str, ...]:
     return captions or ("",)
 
 
-def _lines(data: bytes, label: str) -> tuple[str, ...]:
+def caption_lines(data: bytes, label: str) -> tuple[str, ...]:
     """A caption a line, without empty ones."""
     lines = (line.strip() for line in _text(data, label).splitlines())
     return tuple(line for line in lines if line) or ("",)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mahlstick.annotators import weights
 from mahlstick.errors import MahlstickError
 from mahlstick.pictures import load_picture
-from mahlstick.pipelines.load import embedded_folder
+from mahlstick.pipelines.load import embedded_folder, text_tower
 from mahlstick.pipelines.recipe import fingerprint
 from mahlstick.training import metrics
 
@@ -140,8 +140,7 @@ def load_matcher(model: str, device: str = "cpu") -> Matcher:
 
 def shipped_tower() -> Path | None:
     """The text tower that comes with the embedded model, where it does."""
-    folder = embedded_folder() / "clip" / "text_encoder"
-    return folder if folder.is_dir() else None
+    return text_tower(embedded_folder())
 
 
 def embedded_judge(device: str = "cpu") -> metrics.ClipJudge:

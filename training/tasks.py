@@ -508,6 +508,8 @@ class IPAdapterTask(DiffusionTask):
 
     def save(self, folder: Path) -> None:
         self.adapter.save_pretrained(folder / "ip_adapter.safetensors")
+        if self.reads:
+            self.adapter.tokenizer.save_pretrained(folder / "tokenizer")
 
 
 class VideoPromptTask(IPAdapterTask):

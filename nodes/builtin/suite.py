@@ -123,6 +123,7 @@ def MahlstickImagePrompt(
     start_percent: Percent = 0.0,
     end_percent: Percent = 1.0,
     blocks: Literal["all", "style", "layout"] = "all",
+    prompt: Annotated[str, Widget(multiline=True, tooltip="For an adapter that reads it beside the picture.")] = "",
     clip_vision: ClipVisionT | None = None,
     mask: MaskT | None = None,
 ) -> ModelT:
@@ -137,11 +138,11 @@ def MahlstickImagePrompt(
     with torch.no_grad():
         found = [adapter.features([to_picture(each) for each in part], encoder) for part in image.split(at_once)]
     features, nothing = zip(*found, strict=True)
-    prompt = ImagePrompt(
+    unit = ImagePrompt(
         adapter, features=torch.cat(features), negative_features=nothing[0], scale=weight, start=start_percent,
-        end=end_percent, mask=mask, blocks=blocks, window="noise",
+        end=end_percent, mask=mask, blocks=blocks, window="noise", prompt=prompt,
     )  # fmt: skip
-    return model.with_units(prompt)
+    return model.with_units(unit)
 
 
 # text

@@ -1168,7 +1168,7 @@ def library_add(
 
 def _with_captions(sources: list[str]) -> dict[Path, tuple[str, ...]]:
     """Pictures with their captions, from folders as training reads them, and from single files."""
-    from mahlstick.training.data import FileSource, read_dataset
+    from mahlstick.training.data import FileSource, caption_lines, read_dataset
 
     found: dict[Path, tuple[str, ...]] = {}
     for source in map(Path, sources):
@@ -1179,7 +1179,7 @@ def _with_captions(sources: list[str]) -> dict[Path, tuple[str, ...]]:
                 found[example.picture.path] = example.captions
         elif source.is_file():
             side = source.with_suffix(".txt")
-            found[source] = tuple(side.read_text(encoding="utf-8").splitlines()) if side.is_file() else ()
+            found[source] = caption_lines(side.read_bytes(), str(side)) if side.is_file() else ()
         else:
             raise MahlstickError(f"{source}: no such picture or folder; check the path")
     return found
@@ -1298,6 +1298,9 @@ def page(
     data: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Its folders of pictures may be trained on.")
     ] = None,
+    library: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Its pictures are found by words, for image prompts.")
+    ] = None,
     out: Annotated[str, typer.Option(metavar="FOLDER", help="The folder for the pictures.")] = "out",
     device: Device = None,
     dtype: Dtype = None,
@@ -1311,7 +1314,7 @@ def page(
     from mahlstick.page.app import serve
 
     _quiet_libraries()
-    serve("0.0.0.0" if listen else host, port, auth, models, out, device, dtype, data)
+    serve("0.0.0.0" if listen else host, port, auth, models, out, device, dtype, data, library)
 
 
 def _quiet_libraries() -> None:
