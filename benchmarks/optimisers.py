@@ -2,7 +2,7 @@
 ``python -m benchmarks.optimisers CONFIG [--steps N] [--every N] [--optimisers adamw muon]``.
 
 The same run of ``mahlstick train --config CONFIG`` once under each optimiser, all from the same weights and on the same
-cache, by turns, each in a fresh process: the held-out loss by step, and the processor time of a step against the first's.
+cache, by turns, each in a fresh process: held-out losses by step, and the processor time of a run against the first's.
 """
 
 from __future__ import annotations
