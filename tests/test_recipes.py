@@ -82,6 +82,10 @@ def test_folders_of_pictures(atlas: emoji.Atlas, tmp_path: Path, monkeypatch: py
     assert {row["style"] for row in rows} == {*STYLES} - {LINES} | {"black and white"}
     unseen = read_dataset(tmp_path / "unseen", control=tmp_path / "unseen-glyph")
     assert {example.captions for example in unseen} == {(f"thing {i}",) for i in (0, 12)}
+    drawn = read_dataset(tmp_path / "drawn")
+    assert {Path(e.name).name for e in drawn} == {row["file_name"] for row in rows}
+    shown = {(Path(e.name).stem[:-3].split("-", 1)[1], e.name.endswith("-00.png")): e.repeats for e in drawn}
+    assert shown == {(s, plain): (20 if s == SHADED else 12) if plain else 1 for s in STYLES for plain in (True, False)}
     assert len(read_dataset(tmp_path / "seen")) == COUNT - 2 and len(read_dataset(tmp_path / "colours")) == 4
     assert all(e.reference for e in read_dataset(tmp_path / "seen", reference=tmp_path / "seen-other"))
     assert {e.captions[0] for e in read_dataset(tmp_path / "many")} & said == set(), "in styles of their own"

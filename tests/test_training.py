@@ -536,6 +536,23 @@ def test_another_config_or_other_data_is_refused(pictures: Path, tmp_path: Path)
         train(TrainConfig(**fields | {"data": str(other)}), pipe())
 
 
+def test_what_is_repeated_is_learned_from_more_often(tmp_path: Path) -> None:
+    """A run on two pictures one of which counts a thousand times is all but that on the one alone."""
+
+    def learned(name: str, *rows: dict[str, Any]) -> dict[str, Any]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(len(rows)):
+            tiny.picture(i).save(folder / f"{i}.png")
+        table = [json.dumps({"file_name": f"{i}.png", "text": "a", **row}) for i, row in enumerate(rows)]
+        (folder / "metadata.jsonl").write_text("\n".join(table))
+        return weights(train(config("vae", folder, tmp_path / f"{name}-out", steps=2, held_out=0), pipe()))
+
+    alone, often, even = learned("alone", {}), learned("often", {"repeats": 1000}, {}), learned("even", {}, {})
+    assert all(torch.equal(alone[name], often[name]) for name in alone)
+    assert not all(torch.equal(alone[name], even[name]) for name in alone)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

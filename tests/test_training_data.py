@@ -34,7 +34,17 @@ from torch import Tensor
 from mahlstick.errors import MahlstickError
 from mahlstick.training import data
 from mahlstick.training.cache import FeatureCache
-from mahlstick.training.data import Example, FileSource, Plan, bucket_sizes, fit, fit_control, read_dataset, split
+from mahlstick.training.data import (
+    Example,
+    FileSource,
+    Plan,
+    bucket_sizes,
+    fit,
+    fit_control,
+    read_dataset,
+    repeated,
+    split,
+)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (12, 8)) -> Image.Image:
@@ -246,6 +256,8 @@ def test_metadata_in_each_subfolder_and_a_folder_of_partners(tmp_path: Path) -> 
         (lines({"file_name": "b.png", "text": "x"}), ("line 1", "'b.png'", "not there")),
         (lines({"file_name": "a.png", "control": "c.png"}), ("line 1", "'c.png'", "not there")),
         (lines({"file_name": "a.png", "text": 7}), ("line 1", "7", "caption")),
+        (lines({"file_name": "a.png", "repeats": 0}), ("line 1", "0 for repeats", "from 1")),
+        (lines({"file_name": "a.png", "repeats": "2"}), ("line 1", "'2' for repeats")),
         (lines({"file_name": "a.png", "text": "x"}, {"file_name": "./a.png", "text": "y"}), ("line 2", "second time")),
         (
             lines({"file_name": "a.png", "control": "a.png"}, {"file_name": "o.png"}),
@@ -257,6 +269,12 @@ def test_metadata_in_each_subfolder_and_a_folder_of_partners(tmp_path: Path) -> 
 def test_metadata_that_cannot_be_right(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
     lay(tmp_path, {"a.png": png(), "o.png": png(1), "metadata.jsonl": text})
     refused(lambda: read_dataset(tmp_path), *words)
+
+
+def test_a_picture_is_learned_from_as_often_as_its_line_says(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png", "repeats": 3}, {"file_name": "o.png"}]
+    lay(tmp_path, {"a.png": png(), "o.png": png(1), "metadata.jsonl": lines(*rows)})
+    assert names(repeated(read_dataset(tmp_path))) == ["a.png", "a.png", "a.png", "o.png"]
 
 
 # --- WebDataset shards

@@ -52,6 +52,7 @@ COLUMNS = {
     "reference": ("reference", "reference_file_name"),
 }
 
+MOST_REPEATS = 1000
 _MANY = 500  # files from which on a progress bar is worth its line
 
 
@@ -116,7 +117,7 @@ class Example:
     """One row of a dataset: a picture or a clip with its captions, and its partners where the dataset has them.
 
     ``name``: the picture's path below the dataset's folder, or shard and key; it stays as the dataset grows.
-    ``captions``: at least one, which may be empty.
+    ``captions``: at least one, which may be empty. ``repeats``: how often it is learned from for once that others are.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Example:
     picture: Source
     control: Source | None = None
     reference: Source | None = None
+    repeats: int = 1
 
     def load(self, part: Part = "picture") -> Image.Image:
         """The picture or a partner, RGB. Raises MahlstickError with the example's name."""
@@ -185,8 +187,9 @@ def read_dataset(
 ) -> list[Example]:
     """The examples of a dataset, sorted by name. What it is shows in its content:
 
-    - a folder of pictures, at any depth, with ``metadata.jsonl`` (``file_name`` and ``text``, or as `COLUMNS` says)
-      or with a caption file beside each picture (``fox.txt`` for ``fox.png``, a caption a line);
+    - a folder of pictures, at any depth, with ``metadata.jsonl`` (``file_name`` and ``text``, or as `COLUMNS` says; and
+      ``repeats``, 12 for what is to be learned from twelve times as often as others) or with a caption file beside
+      each picture (``fox.txt`` for ``fox.png``, a caption a line);
     - a folder that ``datasets`` wrote with ``save_to_disk``, or one with parquet files;
     - WebDataset shards: a ``.tar``, a folder of them or a glob. Members that share the name up to the first dot are
       one sample: a picture, ``.txt`` or ``.json`` (``text`` or ``caption``), ``.control.png``, ``.reference.png``.
@@ -262,7 +265,7 @@ def _read_items(folder: Path, folders: Folders, kind: Kind) -> list[Example]:
                 f"{str(other)!r} and {picture.name!r} share one name, and so their captions and partners; rename one"
             )
     _refuse_lone_captions([text for stem, text in captions.items() if stem not in stems], folder, kind)
-    finders = {part: _partner_finder(part, other) for part, other in folders.items()}
+    finders: dict[str, Any] = {part: _partner_finder(part, other) for part, other in folders.items()}
     return [
         Example(
             picture.relative_to(folder).as_posix(),
@@ -295,7 +298,8 @@ def _read_tables(folder: Path, tables: list[Path], folders: Folders, kind: Kind)
                     f"{label} names {str(picture)!r} a second time; give all its captions in one row, as a list"
                 )
             source = FolderSource(picture) if picture.is_dir() else FileSource(picture)
-            examples[name.as_posix()] = Example(name.as_posix(), _captions(row, label), source, **partners)
+            captions, repeats = _captions(row, label), _repeats(row, label)
+            examples[name.as_posix()] = Example(name.as_posix(), captions, source, **partners, repeats=repeats)
             used.add(picture.resolve())
     left = [item for item in _items(_files(folder, folders), kind) if item.resolve() not in used]
     if left:
@@ -356,7 +360,7 @@ def _read_shard(shard: Path, name: Path, kind: Kind) -> list[Example]:
         with tarfile.open(shard, "r:") as archive:
             for key, members in _samples(archive, shard, kind).items():
                 if "picture" in members:
-                    sources: dict[str, Source] = {
+                    sources: dict[str, Any] = {
                         part: FileSource(shard, member.offset_data, member.size)
                         for part, member in members.items()
                         if part in ("picture", "control", "reference")
@@ -431,12 +435,12 @@ def _read_hugging_face(folder: Path, folders: Folders, kind: Kind) -> list[Examp
         )
     caption = names.pop("caption")
     captions = table.select_columns([caption])[:][caption] if caption else [None] * len(table)
+
+    def sources(row: int) -> dict[str, Any]:
+        return {part: CellSource(folder, name, row) for part, name in names.items() if name}
+
     return [
-        Example(
-            f"row-{row:09d}",
-            _captions({"text": value}, f"{str(folder)!r} row {row}"),
-            **{part: CellSource(folder, name, row) for part, name in names.items() if name},
-        )
+        Example(f"row-{row:09d}", _captions({"text": value}, f"{str(folder)!r} row {row}"), **sources(row))
         for row, value in enumerate(captions)
     ]
 
@@ -488,6 +492,13 @@ def _captions(row: dict[str, Any], label: str) -> tuple[str, ...]:
     if not all(isinstance(caption, str) for caption in captions):
         raise MahlstickError(f"{label} has {value!r} for a caption; give a text or a list of texts")
     return captions or ("",)
+
+
+def _repeats(row: dict[str, Any], label: str) -> int:
+    value = row.get("repeats", 1)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_REPEATS:
+        raise MahlstickError(f"{label} has {value!r} for repeats; give a whole number from 1 to {MOST_REPEATS}")
+    return value
 
 
 def caption_lines(data: bytes, label: str) -> tuple[str, ...]:
@@ -626,6 +637,11 @@ def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[lis
     held_out = [example for example, place in zip(examples, places, strict=True) if place < bound]
     train = [example for example, place in zip(examples, places, strict=True) if place >= bound]
     return train, held_out
+
+
+def repeated(examples: Sequence[Example]) -> list[Example]:
+    """Each of the examples as often as it says."""
+    return [example for example in examples for _ in range(example.repeats)]
 
 
 def _place(example: Example, seed: int) -> float:

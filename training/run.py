@@ -20,7 +20,7 @@ from mahlstick.errors import MahlstickError
 from mahlstick.training.cache import FeatureCache
 from mahlstick.training.checkpoint import write_whole
 from mahlstick.training.config import TrainConfig
-from mahlstick.training.data import Example, split
+from mahlstick.training.data import Example, repeated, split
 from mahlstick.training.loop import Loop, new_accelerator, out_of_memory
 from mahlstick.training.tasks import TASKS, Task, task_of
 
@@ -47,7 +47,8 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     """
     examples = TASKS[config.task].read(config)
     learned, held_out = split(examples, config.held_out, config.seed)
-    check_folder(config, learned)
+    rows = repeated(learned)
+    check_folder(config, rows)
     torch.manual_seed(config.seed)  # fresh layers start from random weights
     task = task_of(config)(config, pipe)
     unet = task.frozen_unet()
@@ -59,9 +60,9 @@ def train(config: TrainConfig, pipe: Any = None) -> Path:
     cache.fill(examples, task.encode, rank=rank, world=world, progress=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     cache.refresh()
-    loop = Loop(accelerator, task, cache, cache.select(learned), cache.select(held_out))
+    loop = Loop(accelerator, task, cache, cache.select(rows), cache.select(held_out))
     if loop.accelerator.is_main_process:
-        write_config(config, learned, unet)
+        write_config(config, rows, unet)
     loop.resume()
     if loop.progress.step < config.steps:
         log.info("%s", estimate(loop))

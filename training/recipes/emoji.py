@@ -11,11 +11,12 @@ import io
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,6 +33,7 @@ from mahlstick.training.recipes.packages import LINES, SHADED, STYLES, Concept
 SIZE = 128
 # How often a control picture to learn from is of a kind: a drawing as people bring it, or what the annotator makes.
 CONTROLS = {"drawing": 0.3, "canny": 0.25, "lineart": 0.1, "scribble": 0.1, "color": 0.15, "mask": 0.1}
+OFTEN, OFTEN_SHADED = 12, 20  # times that a base sees a drawing as it is for once that it sees a moved one
 MANY = 2000  # held-out pictures for a distance of distributions
 HELD_OUT_PAIRS = 8  # of a known concept in another style than the shaded one: one in so many
 
@@ -223,13 +225,14 @@ def write(atlas: Atlas, folder: Path, seed: int = 20) -> None:
     """Folders of pictures with captions, and beside each what a control or a reference needs.
 
     ``learn`` all pairs to train on, with ``learn-control`` (see `control`) and ``learn-reference`` (the same concept,
-    perhaps by another hand, moved, and tinted alike); ``unseen`` the shaded pictures of concepts that no training
-    sees, with ``unseen-lineart``, ``unseen-glyph`` (outlines of the black-and-white glyphs) and ``unseen-mask``;
-    ``pairs`` known concepts in a style that they were never shown in, and ``many`` MANY of them, moved as those to
-    learn from; ``seen`` each known concept in one of its styles, with ``seen-other`` (another concept); and
-    ``colours`` fifty of them in a colour that they do not have.
+    perhaps by another hand, moved, and tinted alike), and ``drawn``, the same for a base (see `write_drawn`);
+    ``unseen`` the shaded pictures of concepts that no training sees, with ``unseen-lineart``, ``unseen-glyph``
+    (outlines of the black-and-white glyphs) and ``unseen-mask``; ``pairs`` known concepts in a style that they were
+    never shown in, and ``many`` MANY of them, moved as those to learn from; ``seen`` each known concept in one of its
+    styles, with ``seen-other`` (another concept); and ``colours`` fifty of them in a colour that they do not have.
     """
     _write_learn(atlas, folder, random.Random(seed))
+    write_drawn(folder)
     _write_unseen(atlas, folder)
     _write_many(atlas, folder, random.Random(seed))
     _write_seen(atlas, folder, random.Random(seed))
@@ -257,14 +260,36 @@ def _write_learn(atlas: Atlas, below: Path, rng: random.Random) -> None:
     folder.close()
 
 
+def write_drawn(below: Path) -> None:
+    """The folder ``drawn`` beside ``learn``: its pictures where they lie, a drawing as it is many times and a moved one
+    once. For a base: what people ask for is the thing itself, and in ``learn`` one picture in seven shows it."""
+    rows = _learned(below)
+    for row in filter(_is_plain, rows):
+        row["repeats"] = OFTEN_SHADED if row["style"] == SHADED else OFTEN
+    _write_rows(below, "drawn", rows)
+
+
 def write_named(below: Path) -> None:
     """The folder ``named`` beside ``learn``: its pictures where they lie, without the captions in words that nothing is
     called, which a captioner must not learn to write."""
+    _write_rows(
+        below, "named", [row | {"text": row["text"][: None if _is_plain(row) else -1]} for row in _learned(below)]
+    )
+
+
+def _learned(below: Path) -> list[dict[str, Any]]:
+    """The rows of ``learn``, for a folder beside it."""
     rows = [json.loads(line) for line in (below / "learn" / "metadata.jsonl").read_text().splitlines()]
-    for row in rows:
-        plain = row["file_name"].endswith("-00.png")
-        row |= {"file_name": f"../learn/{row['file_name']}", "text": row["text"] if plain else row["text"][:-1]}
-    folder = _Folder(below, "named", ())
+    return [row | {"file_name": f"../learn/{row['file_name']}"} for row in rows]
+
+
+def _is_plain(row: Mapping[str, Any]) -> bool:
+    """Whether a row of ``learn`` shows a drawing as it is."""
+    return str(row["file_name"]).endswith("-00.png")
+
+
+def _write_rows(below: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    folder = _Folder(below, name, ())
     folder.rows = [json.dumps(row) for row in rows]
     folder.close()
 
