@@ -312,7 +312,6 @@ def test_every_recipe_trains_from_nothing_to_the_assembled_model(
     lay_animations(command.CACHE / "packages")
     assert command.main(["clips"]) == 0
     learn("motion", frames=2)
-    assert command.main(["named"]) == 0
     learn("captioner")
     assert command.main(["assemble"]) == 0
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "assets" / "embedded")

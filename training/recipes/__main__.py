@@ -27,7 +27,6 @@ JUDGED = {"concepts": "concept", "styles": "style", "colours": "colour"}
 
 STAGES = {
     "pictures": "fetch the packages with npm and write the folders of pictures",
-    "named": "write the captions that name what is shown, for the captioner",
     "clips": "fetch the packages of animations with npm (730 MB, one at a time) and write the folders of clips",
     "judges": "teach MobileNetV2 to name concepts, styles and colours of real pictures",
     "start": "write the model to begin with: fresh nets, or the UNet and the text encoder of --known",
@@ -51,7 +50,7 @@ ORDER = """pictures, judges, start,
   mahlstick train --config training/recipes/base.toml, adopt-base,
   the same with controlnet.toml, ip-adapter.toml and ip-adapter-plus.toml,
   clips, mahlstick train --config training/recipes/motion.toml,
-  named, mahlstick train --config training/recipes/captioner.toml,
+  mahlstick train --config training/recipes/captioner.toml,
   examples, assemble, figures, card, gallery.
 
 All of it lies in .cache/recipes below the folder where the commands are given. What was trained on an earlier model of
@@ -91,8 +90,6 @@ def do(args: argparse.Namespace) -> None:
     model, stage, figures = CACHE / "model", args.stage, ASSETS / "embedded" / "figures.json"
     if stage == "pictures":
         emoji.write(emoji.load(CACHE), CACHE / "pictures")
-    elif stage == "named":
-        emoji.write_named(written())
     elif stage == "clips":
         clips.write(CACHE, emoji.load(CACHE).concepts)
     elif stage == "judges":

@@ -225,7 +225,8 @@ def write(atlas: Atlas, folder: Path, seed: int = 20) -> None:
     """Folders of pictures with captions, and beside each what a control or a reference needs.
 
     ``learn`` all pairs to train on, with ``learn-control`` (see `control`) and ``learn-reference`` (the same concept,
-    perhaps by another hand, moved, and tinted alike), and ``drawn``, the same for a base (see `write_drawn`);
+    perhaps by another hand, moved, and tinted alike), and ``drawn`` and ``named``, the same for a base
+    (see `write_drawn`) and for a CLIP and a captioner (see `write_named`);
     ``unseen`` the shaded pictures of concepts that no training sees, with ``unseen-lineart``, ``unseen-glyph``
     (outlines of the black-and-white glyphs) and ``unseen-mask``; ``pairs`` known concepts in a style that they were
     never shown in, and ``many`` MANY of them, moved as those to learn from; ``seen`` each known concept in one of its
@@ -233,6 +234,7 @@ def write(atlas: Atlas, folder: Path, seed: int = 20) -> None:
     """
     _write_learn(atlas, folder, random.Random(seed))
     write_drawn(folder)
+    write_named(folder)
     _write_unseen(atlas, folder)
     _write_many(atlas, folder, random.Random(seed))
     _write_seen(atlas, folder, random.Random(seed))
@@ -271,7 +273,7 @@ def write_drawn(below: Path) -> None:
 
 def write_named(below: Path) -> None:
     """The folder ``named`` beside ``learn``: its pictures where they lie, without the captions in words that nothing is
-    called, which a captioner must not learn to write."""
+    called. For a CLIP, which finds nothing in them, and a captioner, which must not learn to write them."""
     _write_rows(
         below, "named", [row | {"text": row["text"][: None if _is_plain(row) else -1]} for row in _learned(below)]
     )
