@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -11,18 +13,23 @@ from tqdm import tqdm
 
 from mahlstick.annotators import annotate
 from mahlstick.pictures import load_picture, save_png
+from mahlstick.pipelines.animate import animate
 from mahlstick.pipelines.generate import generate
 from mahlstick.pipelines.load import Loader
-from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request
+from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, VideoRequest
 from mahlstick.pipelines.sheet import contact_sheet
+from mahlstick.pipelines.video import iterate_video
 from mahlstick.training.recipes.captions import CALLED
 from mahlstick.training.recipes.packages import STYLES
 
 CELL = 128
 SEEDS = range(1, 9)
+FRAMES = 16
+MOVING = ("rocket", "red heart", "fox", "clown face")
 
 
-Row = tuple[str, list[Image.Image | None], list[Request]]  # its label, what is given, and what is to be made
+# its label, what is given, and what is to be made
+Row = tuple[str, list[Image.Image | None], Sequence[Request | VideoRequest]]
 
 
 @dataclass
@@ -36,18 +43,18 @@ class Sheet:
     rows: list[Row] = field(default_factory=list)
 
 
-def sheets(examples: Path, unseen: Path) -> list[Sheet]:
-    """The gallery's plan. ``examples`` are the pictures that ship, ``unseen`` a folder of things not trained on."""
-    return [
-        words(),
-        styles(),
-        colours(),
-        controls(examples),
-        kinds(unseen),
-        references(examples),
-        inpainting(),
-        failures(),
-    ]
+def sheets(examples: Path, unseen: Path) -> Iterator[Sheet]:
+    """The gallery's plan, sheet by sheet: inpainting draws what it then paints on. ``examples`` are the pictures that
+    ship, ``unseen`` a folder of things not trained on."""
+    yield words()
+    yield styles()
+    yield colours()
+    yield controls(examples)
+    yield kinds(unseen)
+    yield references(examples)
+    yield inpainting()
+    yield clips()
+    yield failures()
 
 
 def words() -> Sheet:
@@ -144,6 +151,13 @@ def inpainting() -> Sheet:
     return Sheet("inpainting", "Inpainting", "A mask filled in.", ["picture", "mask", *prompts], rows)
 
 
+def clips() -> Sheet:
+    """Clips as strips of frames."""
+    rows: list[Row] = [(p, [], [VideoRequest(prompt=p, seed=1, frames=FRAMES)]) for p in MOVING]
+    text = f"{FRAMES} frames at 8 a second, every other one shown."
+    return Sheet("clips", "Clips", text, [f"frame {i}" for i in range(0, FRAMES, 2)], rows)
+
+
 def failures() -> Sheet:
     """What it cannot do."""
     prompts = (
@@ -165,13 +179,22 @@ def write(examples: Path, unseen: Path, docs: Path, steps: int = 20) -> Path:
     for sheet in sheets(examples, unseen):
         rows = []
         for label, given, requests in tqdm(sheet.rows, sheet.name):
-            made = [generate(r.model_copy(update={"steps": steps}), loader=loader, progress=False) for r in requests]
-            rows.append((label, [*given, *(result.images[0] for result in made)]))
+            made = [drawn(request.model_copy(update={"steps": steps}), loader) for request in requests]
+            rows.append((label, [*given, *chain(*made)]))
         file = save_png(contact_sheet(sheet.columns, rows, CELL), docs / "images" / f"gallery-{sheet.name}.png")
         lines += [f"## {sheet.title}", "", sheet.text, "", f"![{sheet.title}](images/{file.name})", ""]
     page = docs / "gallery.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return page
+
+
+def drawn(request: Request | VideoRequest, loader: Loader) -> list[Image.Image]:
+    """The picture, or every other frame of the clip."""
+    if isinstance(request, Request):
+        return list(generate(request, loader=loader, progress=False).images[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        clip = animate(request, Path(folder) / "clip.webp", loader=loader, progress=False)
+        return list(iterate_video(clip.path))[::2]
 
 
 INTRODUCTION = """What the embedded model draws: 128 px, 20 steps, guidance 4, on a CPU. One command makes this page,
