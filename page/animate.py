@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import AsyncIterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +14,16 @@ from PIL import Image
 
 from mahlstick import annotators
 from mahlstick.errors import MahlstickError
-from mahlstick.page import status
-from mahlstick.page.create import only_data, sampler_choices
-from mahlstick.page.faults import sentence
+from mahlstick.page import parts, status
+from mahlstick.page.endpoints import answer, as_fields, endpoint
+from mahlstick.page.faults import named, sentence
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Cancelled, Job, Jobs, Work, forming
+from mahlstick.page.jobs import Job, Jobs, Work, forming
+from mahlstick.page.making import Begun, Maker
 from mahlstick.page.models import Models
+from mahlstick.page.parts import QUIET, Updates, Values
 from mahlstick.page.texts import label, say
-from mahlstick.page.units import UnitFault, Updates, Values, annotator_choices, error_line, slide
+from mahlstick.page.units import UnitFault
 from mahlstick.pipelines.animate import FPS, animate
 from mahlstick.pipelines.load import Loader
 from mahlstick.pipelines.request import ClipControlSpec, VideoRequest
@@ -37,36 +38,34 @@ FORMATS = ("mp4", "gif", "webp")
 
 _COLONS = re.compile("[:\uff1a]")  # the other is the one that Chinese keyboards write
 _VIDEOS = ["video", ".gif", ".webp"]
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 # Fields of a request that name something on this machine and have no place on the page.
 _ELSEWHERE = ("base_config", "motion_loras", "image_prompts")
 
 
-class Animate:
+class Animate(Maker):
     """The tab's components and what they do."""
 
-    def __init__(self, models: Models, jobs: Jobs, history: History, session: gr.BrowserState) -> None:
-        self._models, self._jobs, self._history, self._session = models, jobs, history, session
-        with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=5, min_width=320, elem_classes="left"):
-                self._lay_prompt()
-                self._lay_settings()
-                self._lay_control()
-                self._lay_init()
-            with gr.Column(scale=6, min_width=320, elem_classes="right"):
-                self._lay_result()
+    kind = KIND
+
+    def __init__(self, models: Models, jobs: Jobs, history: History, session: gr.BrowserState, tab: gr.Tab) -> None:
+        """``tab`` is the one around this; it is seen where there is a motion module to choose."""
+        super().__init__(jobs, history, session)
+        self._models, self._tab = models, tab
+        left, right = parts.columns()
+        with left:
+            self._lay_prompt()
+            self._lay_settings()
+            self._lay_control()
+            self._lay_init()
+        with right:
+            self._lay_result()
         self._wire()
 
     # What is on the screen.
 
     def _lay_prompt(self) -> None:
         with gr.Group():
-            self.prompt = gr.Textbox(
-                label=label("prompt"), placeholder=label("prompt_hint"), lines=2, max_lines=8, elem_id="an-prompt"
-            )
-            self.negative = gr.Textbox(
-                label=label("negative"), placeholder=label("negative_hint"), lines=1, max_lines=4, elem_id="an-negative"
-            )
+            self.prompt, self.negative = parts.prompts("an-")
             self.travel = gr.Textbox(
                 label=label("an_travel"),
                 placeholder=label("an_travel_hint"),
@@ -74,16 +73,11 @@ class Animate:
                 max_lines=12,
                 elem_id="an-travel",
             )
-        self.travel_error = error_line()
-        self.error = error_line()
-        with gr.Row(elem_classes="actions"):
-            self.run = gr.Button(label("an_run"), variant="primary", elem_id="an-run", scale=3, min_width=160)
-            self.cancel = gr.Button(
-                label("cancel"), variant="stop", elem_id="an-cancel", scale=1, min_width=100, visible=False
-            )
+        self.travel_error = parts.error_line()
+        self.error = parts.error_line()
+        self.run, self.cancel = parts.actions("an_run", "an-run", "an-cancel")
 
     def _lay_settings(self) -> None:
-        own = {"placeholder": label("own"), "min_width": 100}
         with gr.Accordion(label("settings"), open=True, elem_id="an-settings"):
             with gr.Row():
                 self.model = gr.Dropdown(self._models.bases, value="embedded", label=label("model"), min_width=140)
@@ -92,72 +86,59 @@ class Animate:
                     self._models.motions, value=first, label=label("an_motion"), min_width=140, elem_id="an-motion"
                 )
             with gr.Row():
-                self.frames = gr.Number(
-                    None, label=label("an_frames"), precision=0, elem_id="an-frames", **own | {"placeholder": "16"}
-                )
-                self.fps = gr.Number(None, label=label("an_fps"), **own | {"placeholder": "8"})
+                self.frames = parts.open_number("an_frames", placeholder="16", elem_id="an-frames")
+                self.fps = parts.open_number("an_fps", whole=False, placeholder="8")
                 self.format = gr.Dropdown(list(FORMATS), value="mp4", label=label("an_format"), min_width=100)
-            self.steps = gr.Slider(1, 100, 20, step=1, label=label("steps"), elem_id="an-steps")
-            self.motion_scale = gr.Slider(0, 2, 1.0, step=0.05, label=label("an_motion_scale"))
+            self.steps = gr.Slider(1, 100, 20, step=1, label=label("steps"), elem_id="an-steps", buttons=[])
+            self.motion_scale = gr.Slider(0, 2, 1.0, step=0.05, label=label("an_motion_scale"), buttons=[])
             with gr.Row():
-                self.width = gr.Number(None, label=label("width"), precision=0, **own)
-                self.height = gr.Number(None, label=label("height"), precision=0, **own)
-                self.guidance = gr.Number(None, label=label("guidance"), **own)
+                self.width, self.height = parts.open_number("width"), parts.open_number("height")
+                self.guidance = parts.open_number("guidance", whole=False)
             with gr.Row():
-                self.sampler = gr.Dropdown(
-                    [(label("own_sampler"), ""), *sampler_choices()], value="", label=label("sampler"), min_width=140
-                )
-                self.seed = gr.Number(
-                    None, label=label("seed"), placeholder=label("seed_hint"), precision=0, min_width=120
-                )
+                self.sampler = parts.sampler()
+                self.seed = parts.open_number("seed", placeholder=label("seed_hint"), min_width=120)
             with gr.Accordion(label("an_context"), open=False):
-                self.context_error = error_line()
+                self.context_error = parts.error_line()
                 with gr.Row():
-                    self.context = gr.Number(None, label=label("an_length"), precision=0, **own)
-                    self.overlap = gr.Number(None, label=label("an_overlap"), precision=0, **own)
+                    self.context, self.overlap = parts.open_number("an_length"), parts.open_number("an_overlap")
 
     def _lay_control(self) -> None:
         with gr.Accordion(label("an_control"), open=False, elem_id="an-control") as self.control_section:
-            self.control_error = error_line()
+            self.control_error = parts.error_line()
             self.control = _video_file("an-control-file")
             with gr.Row():
                 first = self._models.nets[0][1] if self._models.nets else None
                 self.net = gr.Dropdown(self._models.nets, value=first, label=label("net"), min_width=140)
-                self.annotator = gr.Dropdown(
-                    annotator_choices(),
-                    value=first if first in annotators.names() else "",
-                    label=label("annotator"),
-                    min_width=140,
-                )
-            self.seen = _strip("seen")
-            self.control_scale = gr.Slider(0, 2, 1.0, step=0.05, label=label("scale"))
-            with gr.Row():
-                self.control_start = gr.Slider(0, 1, 0.0, step=0.05, label=label("start"), min_width=120)
-                self.control_end = gr.Slider(0, 1, 1.0, step=0.05, label=label("end"), min_width=120)
+                self.annotator = parts.annotator(first)
+            self.seen = parts.picture("seen")
+            self.control_scale, self.control_start, self.control_end = parts.dose()
 
     def _lay_init(self) -> None:
         with gr.Accordion(label("an_init"), open=False, elem_id="an-init") as self.init_section:
-            self.init_error = error_line()
+            self.init_error = parts.error_line()
             self.init = _video_file("an-init-file")
-            self.init_seen = _strip("an_init_seen")
-            self.strength = gr.Slider(0.05, 1.0, 0.8, step=0.05, label=label("strength"))
+            self.init_seen = parts.picture("an_init_seen")
+            self.strength = gr.Slider(0.05, 1.0, 0.8, step=0.05, label=label("strength"), buttons=[])
 
     def _lay_result(self) -> None:
-        self.status = gr.HTML("", elem_id="an-status", elem_classes="sentence", padding=False)
-        self.empty = gr.Markdown(label("an_empty"), elem_classes="teach", elem_id="an-empty")
+        self.status = parts.status_line("an-status")
+        self.empty, _ = parts.invitation("an_empty", "an-empty")
         shown: dict[str, Any] = {"label": label("an_clip"), "visible": False, "interactive": False}
         self.video = gr.Video(autoplay=True, loop=True, height=420, buttons=["download"], elem_id="an-video", **shown)
         self.picture = gr.Image(
-            type="filepath", height=420, buttons=["download", "fullscreen"], elem_id="an-picture", **shown
+            type="filepath",
+            alt_text="the clip",
+            height=420,
+            buttons=["download", "fullscreen"],
+            elem_id="an-picture",
+            **shown,
         )
-        self.strip = _strip("an_strip")
+        self.strip = parts.picture("an_strip")
         self.figures = gr.HTML("", elem_id="an-figures", padding=False)
         self.clips = gr.Dropdown([], label=label("an_clips"), visible=False, elem_id="an-clips")
         self.restore = gr.Button(label("restore"), size="sm", visible=False, elem_id="an-restore")
-        self.drop = gr.File(
-            label=label("an_drop"), file_types=_VIDEOS, height=64, elem_id="an-drop", elem_classes="drop-line"
-        )
-        self.drop_error = error_line()
+        self.drop = parts.drop_line("an_drop", "an-drop", file_types=_VIDEOS)
+        self.drop_error = parts.error_line()
 
     @property
     def fields(self) -> list[Any]:
@@ -173,13 +154,12 @@ class Animate:
         return [self.frames, self.fps, *size, self.guidance, self.seed, self.context, self.overlap]
 
     @property
-    def _errors(self) -> list[Any]:
+    def errors(self) -> list[Any]:
         beside = [self.travel_error, self.context_error, self.control_error, self.init_error]
         return [self.error, *beside, self.drop_error]
 
     @property
-    def _result(self) -> list[Any]:
-        """What changes with the clip that is shown."""
+    def result(self) -> list[Any]:
         shown = [self.video, self.picture, self.strip, self.figures, self.clips, self.restore]
         return [*shown, self.cancel, self.empty]
 
@@ -233,18 +213,20 @@ class Animate:
             "end": values[self.control_end],
         }
 
-    def write(self, request: VideoRequest) -> Updates:
+    def write(self, request: VideoRequest, offered: Models) -> Updates:
         """The request on the screen, but for what :meth:`lost` names."""
-        control = request.controls[0] if self._shows_control(request) else None
+        control = request.controls[0] if self._shows_control(request, offered) else None
         init = request.init if self._is_kept(request.init) else None
+        chosen = {self.model: request.base, self.motion: request.motion}
+        chosen |= {self.net: control.adapter} if control else {}
+        choices = {each: update for each, update in self.offer(offered).items() if each in chosen}
         return {
+            **{each: update | {"value": chosen[each]} for each, update in choices.items()},
             self.prompt: request.prompt,
             self.negative: request.negative_prompt,
             self.travel: "\n".join(f"{frame}: {words}" for frame, words in sorted(request.prompts.items())),
-            self.model: request.base,
-            self.motion: request.motion,
-            self.motion_scale: slide(request.motion_scale, 0, 2),
-            self.steps: slide(request.steps, 1, 100),
+            self.motion_scale: parts.slide(request.motion_scale, 0, 2),
+            self.steps: parts.slide(request.steps, 1, 100),
             self.frames: request.frames,
             self.fps: request.fps,
             self.width: request.width,
@@ -264,29 +246,28 @@ class Animate:
 
     def _write_control(self, control: ClipControlSpec) -> Updates:
         return {
-            self.net: control.adapter,
             self.annotator: control.annotator or "",
-            self.control_scale: slide(cast(float, control.scale), 0, 2),
+            self.control_scale: parts.slide(cast(float, control.scale), 0, 2),
             self.control_start: control.start,
             self.control_end: control.end,
         }
 
-    def lost(self, request: VideoRequest) -> list[str]:
+    def lost(self, request: VideoRequest, offered: Models) -> list[str]:
         """Fields of a request that :meth:`write` cannot show."""
         shown = set(VideoRequest.model_fields) - {"schedule", "extend", "norm", "free_noise", "free_init", *_ELSEWHERE}
         given = request.model_dump(exclude_defaults=True, exclude=shown)
         lost = [*given]
         lost += ["init"] if request.init is not None and not self._is_kept(request.init) else []
         lost += ["audio"] if request.audio not in (None, request.init) else []
-        return [*lost, *(["controls"] if request.controls and not self._shows_control(request) else [])]
+        return [*lost, *(["controls"] if request.controls and not self._shows_control(request, offered) else [])]
 
-    def _shows_control(self, request: VideoRequest) -> bool:
+    def _shows_control(self, request: VideoRequest, offered: Models) -> bool:
         if len(request.controls) != 1:
             return False
         (spec,) = request.controls
         plain = spec.mask is None and spec.at is None and spec.window == "steps" and not isinstance(spec.scale, list)
-        offered = spec.adapter in [meant for _, meant in self._models.nets]
-        return plain and offered and spec.mode == "balanced" and not spec.options and self._is_kept(spec.image)
+        known = spec.adapter in [meant for _, meant in offered.nets]
+        return plain and known and spec.mode == "balanced" and not spec.options and self._is_kept(spec.image)
 
     def _is_kept(self, source: Any) -> bool:
         """Whether it is a video that the page may read: a file from elsewhere could name any file of this machine."""
@@ -295,16 +276,13 @@ class Animate:
     # What happens.
 
     def _wire(self) -> None:
-        everything = {*self.fields, self._session}
-        self.run.click(self._run, everything, [self._session, self.status, *self._result, *self._errors], **_QUIET)
-        self.cancel.click(
-            lambda session: self._jobs.cancel(_owner(session)), [self._session], None, queue=False, **_QUIET
-        )
-        self.clips.input(self._show, [self._session, self.clips], self._result, **_QUIET)
+        self.wire_run(self.fields)
+        self._tab.select(self._open, [self._session, self.motion], self.choosers, **QUIET)
+        self.clips.input(self._show, [self._session, self.clips], self.result, **QUIET)
         sections = [self.control_section, self.init_section]
-        screen = [*self.fields, *sections, self.seen, self.init_seen, self.status, *self._errors]
-        self.restore.click(self._restore_chosen, [self._session, self.clips], screen, **_QUIET)
-        self.drop.upload(self._restore_file, [self.drop, self._session], [*screen, self.drop], **_QUIET)
+        screen = [*self.fields, *sections, self.seen, self.init_seen, self.status, *self.errors]
+        self.restore.click(self._restore_chosen, [self._session, self.clips], screen, **QUIET)
+        self.drop.upload(self._restore_file, [self.drop, self._session], [*screen, self.drop], **QUIET)
         followed = [self.control, self.annotator]
         gr.on(
             [self.control.change, self.annotator.input],
@@ -312,36 +290,44 @@ class Animate:
             followed,
             [self.seen, self.control_error],
             trigger_mode="always_last",
-            **_QUIET,
+            **QUIET,
         )
-        self.init.change(self._see_init, [self.init], [self.init_seen, self.init_error], **_QUIET)
+        self.init.change(self._see_init, [self.init], [self.init_seen, self.init_error], **QUIET)
 
-    async def _run(self, values: Values, browser: gr.Request) -> AsyncIterator[Updates]:
-        session = values[self._session] or History.new_session()
-        yield {
-            **dict.fromkeys(self._errors, ""),
-            self._session: session,
-            self.status: status.bar(say("loading", browser)),
-            **self._faces(None, working=True),
-        }
-        job = None
-        try:
-            if not (values[self.prompt] or "").strip():
-                raise MahlstickError(say("no_prompt", browser))
-            request = _limited(self.read(values))
-            self._models.check(request, self._history.results(session))
-            job = self._jobs.submit(clip(request, self._history, session, values[self.format]), _owner(session))
-            async for shown in status.watch(self._jobs, job, browser):
-                yield {self.status: shown}
-            yield {self.status: "", **self._show(session, job.future.result().name, browser)}
-        except Cancelled:
-            yield {self.status: status.note(say("cancelled", browser)), **self._show(session, None, browser)}
-        except Exception as error:
-            yield {self.status: "", **self._complain(error, values, browser), **self._show(session, None, browser)}
-        finally:
-            if job is not None and not job.future.done():  # the person has gone
-                job.cancel()
+    @property
+    def choosers(self) -> list[Any]:
+        """What changes with the models that there are; without a motion module the tab is not seen."""
+        return [self._tab, self.model, self.motion, self.net]
 
+    def offer(self, models: Models) -> Updates:
+        """What there is to choose from."""
+        lists = (models.bases, models.motions, models.nets)
+        shown: Updates = {each: gr.update(choices=list_) for each, list_ in zip(self.choosers[1:], lists, strict=True)}
+        return {**shown, self._tab: gr.update(visible=bool(models.motions))}
+
+    def _open(self, session: str | None, chosen: str | None) -> Updates:
+        """What a session finds when it opens the tab: one of the motion modules is chosen."""
+        models = self.offered(self._models, session)
+        first = models.motions[0][1] if models.motions else None
+        return {**self.offer(models), self.motion: gr.update(choices=models.motions, value=chosen or first)}
+
+    def begin(self, values: Values, session: str, browser: gr.Request) -> Begun:
+        if not (values[self.prompt] or "").strip():
+            raise MahlstickError(say("no_prompt", browser))
+        request = _limited(self.read(values))
+        self.offered(self._models, session).check(request)
+        return Begun(clip(request, self._history, session, values[self.format]))
+
+    def working(self, values: Values, browser: gr.Request) -> Updates:
+        return self._faces(None, working=True)
+
+    def made(self, found: Path, values: Values, session: str, browser: gr.Request) -> Updates:
+        return self._show(session, found.name, browser)
+
+    def left(self, values: Values, session: str, browser: gr.Request) -> Updates:
+        return self._show(session, None, browser)
+
+    @endpoint
     async def animate(self, request: dict[str, Any], init: str | None, control: str | None, format: str) -> str:
         """Makes the clip of a request and returns its file.
 
@@ -349,23 +335,13 @@ class Animate:
         video to repaint and ``control`` one that controls[0] follows, each a file or null. ``format`` is mp4, gif or
         webp.
         """
-        try:
-            only_data(request)
-            wanted = VideoRequest(**_with_videos(request, self._kept(init), self._kept(control)))
-            if named := [name for name in (*_ELSEWHERE, "audio") if getattr(wanted, name)]:
-                raise MahlstickError(f"{named[0]}: is not for this page; leave it out")
-            if format not in FORMATS:
-                raise MahlstickError(f"format: {format} is not known; give one of {', '.join(FORMATS)}")
-            self._models.check(wanted)
-            job = self._jobs.submit(clip(_limited(wanted), self._history, History.new_session(), format))
-            try:
-                async for _ in status.watch(self._jobs, job, None):
-                    pass
-                return str(job.future.result())
-            finally:
-                job.cancel()
-        except MahlstickError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        wanted = VideoRequest(**_with_videos(as_fields(request, "request"), self._kept(init), self._kept(control)))
+        if elsewhere := [name for name in (*_ELSEWHERE, "audio") if getattr(wanted, name)]:
+            raise MahlstickError(f"{elsewhere[0]}: is not for this page; leave it out")
+        if format not in FORMATS:
+            raise MahlstickError(f"format: {format} is not known; give one of {', '.join(FORMATS)}")
+        self._models.check(wanted)
+        return str(await answer(self._jobs, clip(_limited(wanted), self._history, History.new_session(), format)))
 
     def enter(self, session: str | None, browser: gr.Request) -> Updates:
         """What a browser sees at first: its session's newest clip."""
@@ -374,7 +350,7 @@ class Animate:
 
     @property
     def entered(self) -> list[Any]:
-        return [*self._numbers, *self._result]
+        return [*self._numbers, *self.result]
 
     def _show(self, session: str, name: str | None, browser: gr.Request) -> Updates:
         """A clip of the session, the newest where none is named."""
@@ -404,8 +380,7 @@ class Animate:
             **{each: gr.update(visible=chosen is not None) for each in (self.clips, self.restore)},
         }
 
-    def _complain(self, error: Exception, values: Values, browser: gr.Request) -> Updates:
-        """The fault as a sentence, beside the field that it is about."""
+    def complain(self, error: Exception, values: Values, browser: gr.Request) -> Updates:
         told = str(error)
         lines: list[gr.HTML] = []
         for field, line in ((self.init, self.init_error), (self.control, self.control_error)):
@@ -431,7 +406,7 @@ class Animate:
             seen = [annotators.annotate(annotator, frame) if annotator else frame for frame in frames]
             return gr.update(value=strip(seen) if seen else None, visible=bool(seen)), ""
         except MahlstickError as error:
-            return gr.update(value=None, visible=False), _told(error, path, browser)
+            return gr.update(value=None, visible=False), named(error, path, browser)
 
     def _see_init(self, path: str | None, browser: gr.Request) -> tuple[Any, str]:
         return self._see(path, "", browser)
@@ -443,18 +418,18 @@ class Animate:
         return {**self._restored(Path(path), session, browser), self.drop: None}
 
     def _restored(self, path: Path, session: str | None, browser: gr.Request) -> Updates:
-        cleared: Updates = dict.fromkeys(self._errors, "")
+        cleared: Updates = dict.fromkeys(self.errors, "")
         try:
             request = clip_request(path)
-            self._models.check(
-                request.model_copy(update={"controls": [], "image_prompts": []}), self._history.results(session or "")
-            )
-            lost = self.lost(request)
+            bare = request.model_copy(update={"controls": [], "image_prompts": []})
+            offered = self.offered(self._models, session)
+            offered.check(bare)
+            lost = self.lost(request, offered)
             told = say("restored_without", browser, names=", ".join(lost)) if lost else say("an_restored", browser)
             format = {self.format: path.suffix[1:]} if path.suffix[1:] in FORMATS else {}
-            return {**cleared, **self.write(request), **format, self.status: status.note(told)}
+            return {**cleared, **self.write(request, offered), **format, self.status: status.note(told)}
         except MahlstickError as error:
-            return {**cleared, self.drop_error: _told(error, str(path), browser)}
+            return {**cleared, self.drop_error: named(error, path, browser)}
 
 
 def travel(text: str) -> dict[int, str]:
@@ -502,21 +477,7 @@ def clip_request(path: Path) -> VideoRequest:
 
 
 def _video_file(elem_id: str) -> gr.File:
-    classes = ["drop-line", "video-file"]
-    return gr.File(label=label("an_file"), file_types=_VIDEOS, height=64, elem_id=elem_id, elem_classes=classes)
-
-
-def _strip(key: str) -> gr.Image:
-    return gr.Image(
-        label=label(key),
-        alt_text="frames side by side",
-        interactive=False,
-        visible=False,
-        height=130,
-        buttons=[],
-        format="png",
-        elem_classes="strip",
-    )
+    return parts.drop_line("an_file", elem_id, ["video-file"], file_types=_VIDEOS)
 
 
 def _limited(request: VideoRequest) -> VideoRequest:
@@ -535,8 +496,10 @@ def _with_videos(request: dict[str, Any], init: str | None, control: str | None)
     fields = request | ({"init": init} if init else {})
     if control is None:
         return fields
-    first, *others = fields.get("controls") or [{"adapter": "lineart"}]
-    return fields | {"controls": [first | {"image": control}, *others]}
+    controls = fields.get("controls") or [{"adapter": "lineart"}]
+    if not (isinstance(controls, list) and isinstance(controls[0], dict)):
+        return fields  # which the request will refuse
+    return fields | {"controls": [controls[0] | {"image": control}, *controls[1:]]}
 
 
 def _frames(path: Path, count: int, early: bool = False) -> list[Image.Image]:
@@ -580,13 +543,3 @@ def _figures(path: Path, browser: gr.Request) -> str:
         if value is not None
     ]
     return f"<dl>{''.join(parts)}</dl>"
-
-
-def _told(error: MahlstickError, path: str | None, browser: gr.Request) -> str:
-    """The sentence with the file's name in place of where it lies on the server."""
-    told = str(error).replace(path, Path(path).name) if path else str(error)
-    return status.error(sentence(MahlstickError(told), browser))
-
-
-def _owner(session: str) -> str:
-    return f"{session} {KIND}"

@@ -62,6 +62,7 @@ def build(
     device: str | None = None,
     dtype: str | None = None,
     data: str | Path | None = None,
+    library: str | Path | None = None,
 ) -> gr.Blocks:
     """The page.
 
@@ -71,6 +72,7 @@ def build(
         device: left open, the best there is.
         dtype: left open, what suits the device.
         data: a folder of whose folders adapters may be trained.
+        library: a file with pictures that words find, to be references of image prompts.
     """
     folder = _folder(models, "--models", "give one with base models and adapters")
     examples = _folder(data, "--data", "give one with folders of pictures")
@@ -84,24 +86,22 @@ def build(
             gr.Button(label("theme"), size="sm", elem_id="theme", elem_classes="quiet", scale=0, min_width=110).click(
                 None, None, None, js=_THEME
             )
-        offered = Models(folder)
+        offered = Models(folder, library=_file(library))
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(label("create"), id="create"):
                 create = Create(offered, jobs, history, session)
             with gr.Tab(label("compare"), id="compare") as compare_tab:
                 compare = Compare(create, offered, jobs, history, session, compare_tab)
-            animate = None
-            if offered.motions:
-                with gr.Tab(label("animate"), id="animate"):
-                    animate = Animate(offered, jobs, history, session)
+            with gr.Tab(label("animate"), id="animate", visible=bool(offered.motions)) as animate_tab:
+                animate = Animate(offered, jobs, history, session, animate_tab)
             with gr.Tab(label("workflows"), id="workflows"):
                 workflows = Workflows(folder, jobs, history, session)
             with gr.Tab(label("train"), id="train"):
-                train = Train(offered, jobs, history, session, examples, device, create.dropdowns)
+                train = Train(offered, jobs, history, session, examples, device, [create, animate])
             with gr.Tab(label("inspect"), id="inspect"):
                 inspect = Inspect(offered, history, session, create.model)
         entered = page.load(create.enter, session, create.entered, api_visibility="private", show_progress="hidden")
-        tabs: list[Any] = [compare, *([animate] if animate is not None else []), workflows, train, inspect]
+        tabs: list[Any] = [compare, animate, workflows, train, inspect]
         for tab in tabs:
             entered.then(tab.enter, session, tab.entered, api_visibility="private", show_progress="hidden", queue=False)
         page.load(jobs.warm_up, None, None, api_visibility="private", show_progress="hidden", queue=False)
@@ -111,7 +111,7 @@ def build(
         gr.Button(visible=False).click(
             compare.compare, [wanted, x, y], made, api_name="compare", concurrency_limit=None
         )
-        if animate is not None:
+        if offered.motions:
             init, control = (gr.File(visible=False, label=name) for name in ("init", "control"))
             format, filmed = gr.Textbox("mp4", visible=False), gr.File(visible=False)
             gr.Button(visible=False).click(
@@ -133,6 +133,14 @@ def _folder(path: str | Path | None, option: str, way_out: str) -> Path | None:
     if folder is not None and not folder.is_dir():
         raise MahlstickError(f"{option} {path}: is no folder; {way_out}")
     return folder
+
+
+def _file(library: str | Path | None) -> Path | None:
+    """Raises :class:`MahlstickError` where there is none."""
+    path = Path(library).expanduser().resolve() if library is not None else None
+    if path is not None and not path.is_file():
+        raise MahlstickError(f"--library {library}: is no file; make one with mahlstick library add")
+    return path
 
 
 def launch(
@@ -169,12 +177,13 @@ def serve(
     device: str | None = None,
     dtype: str | None = None,
     data: str | None = None,
+    library: str | None = None,
 ) -> None:
     """Serves the page until Ctrl-C. ``auth`` is ``user:password``."""
     user, colon, password = (auth or "").partition(":")
     if auth is not None and not (user and colon and password):
         raise MahlstickError("--auth: give user:password")
-    page = build(models, out, device, dtype, data)
+    page = build(models, out, device, dtype, data, library)
     try:
         address = launch(page, host, port, (user, password) if auth else None)
         print(f"mahlstick: {address}", flush=True)  # noqa: T201
@@ -216,11 +225,15 @@ def _theme() -> gr.themes.Base:
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
         input_background_fill="white",
+        input_border_color_focus="*primary_500",
+        input_border_color_focus_dark="*primary_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         input_background_fill_dark="*neutral_950",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_background_fill_hover_dark="*primary_700",
         button_primary_text_color="white",
         button_primary_text_color_dark="white",
         button_secondary_background_fill="*neutral_100",

@@ -1,5 +1,6 @@
 // A canvas for one picture and the paint above it. Its value, {picture, paint}, holds both as data: URLs or null, and is
-// set at once when a stroke ends, so that whatever is clicked next finds it.
+// set at once when a stroke ends, so that whatever is clicked next finds it. And a strip of pictures side by side, whose
+// value is the list of their data: URLs, or null.
 (() => {
   const BLANK = [512, 512];
   const FINEST = 1024; // pixels of the paint's longer side, and
@@ -16,6 +17,7 @@
     eraser: icon("M8.5 19L4 14.5 13.5 5 20 11.5 12.5 19zM8 10.5l6.5 6.5M12 19h8"),
     undo: icon("M9 6L5 10l4 4M5 10h9a5 5 0 0 1 0 10h-3"),
     clear: icon("M5 7h14M10 7V5h4v2M7 7l1 12h8l1-12M10.5 10.5v5.5M13.5 10.5v5.5"),
+    remove: icon("M7 7l10 10M17 7L7 17"),
   };
 
   const busy = new Set(); // what a click has to wait for
@@ -45,11 +47,11 @@
   };
 
   document.addEventListener("paste", event => {
-    const file = [...(event.clipboardData?.files ?? [])].find(each => each.type.startsWith("image/"));
+    const files = [...(event.clipboardData?.files ?? [])].filter(each => each.type.startsWith("image/"));
     const target = document.activeElement?.closest(".canvas") ?? document.querySelector(".canvas:hover");
-    if (!file || !target?.mahlstick?.takesFiles) return;
+    if (!files.length || !target?.mahlstick?.takesFiles) return;
     event.preventDefault();
-    target.mahlstick.open(file);
+    target.mahlstick.take(files);
   });
 
   async function decoded(url) {
@@ -80,55 +82,52 @@
     return copy.toDataURL("image/png");
   }
 
-  class Canvas {
+  /** What takes pictures from files, the clipboard and the camera, and says what is wrong with them. */
+  class Taker {
     constructor(element, props, watch) {
-      const root = element.querySelector(".canvas");
-      const { words, colours, mask, files } = JSON.parse(root.dataset.settings);
+      this.root = element.querySelector(".canvas");
+      this.root.mahlstick = this;
       this.props = props;
+      const { words, files, ...settings } = JSON.parse(this.root.dataset.settings);
+      this.settings = settings;
       this.words = words[navigator.language.startsWith("zh") ? "zh" : "en"];
-      this.colours = colours;
       this.takesFiles = files;
-      this.isMask = mask;
-      this.erasing = false;
-      this.value = filled(null);
-      this.past = [];
-      this.stroke = null;
       this.latest = 0; // the last value that was asked to be shown
-      this.build(root);
-      watch("value", () => {
-        const given = filled(this.props.value);
-        if (same(given, this.value)) return;
-        this.past = [];
-        this.show(given);
-      });
-      this.show(filled(props.value));
+      this.lay();
+      watch("value", () => this.given(this.props.value));
+      this.given(props.value);
     }
 
-    build(root) {
-      root.mahlstick = this;
-      root.setAttribute("role", "group");
-      root.setAttribute("aria-label", this.words.title);
-      root.innerHTML =
+    /** The title with its buttons, ``inside``, and a line for faults. */
+    frame(inside) {
+      this.root.setAttribute("role", "group");
+      this.root.setAttribute("aria-label", this.words.title);
+      this.root.innerHTML =
         '<div class="canvas-head"><span class="canvas-title"></span><span class="canvas-sources"></span></div>' +
-        '<div class="canvas-stage" tabindex="-1"><img alt="" hidden><canvas></canvas><p class="canvas-hint"></p></div>' +
-        '<p class="canvas-fault" role="alert" hidden></p><div class="canvas-tools"></div>';
-      const find = name => root.querySelector(name);
-      this.root = root;
-      [this.stage, this.image, this.layer] = [find(".canvas-stage"), find("img"), find("canvas")];
-      [this.hint, this.fault] = [find(".canvas-hint"), find(".canvas-fault")];
-      this.context = this.layer.getContext("2d", { willReadFrequently: true });
-      find(".canvas-title").textContent = this.words.title;
-      this.hint.textContent = this.words.hint;
-      this.buildSources(find(".canvas-sources"));
-      this.buildTools(find(".canvas-tools"));
-      this.listen();
+        inside.replace("FAULT", '<p class="canvas-fault" role="alert" hidden></p>');
+      this.fault = this.find(".canvas-fault");
+      this.find(".canvas-title").textContent = this.words.title;
+      if (this.takesFiles) this.laySources(this.find(".canvas-sources"));
     }
 
-    buildSources(place) {
-      if (!this.takesFiles) return;
-      this.file = this.input({});
+    find(name) {
+      return this.root.querySelector(name);
+    }
+
+    laySources(place) {
+      this.file = this.input(this.settings.several ? { multiple: "" } : {});
       const upload = () => this.file.click();
       place.append(this.file, this.button("upload", upload), this.button("camera", () => this.openCamera()));
+      this.root.addEventListener("dragover", event => {
+        event.preventDefault();
+        this.root.classList.add("dragged");
+      });
+      this.root.addEventListener("dragleave", () => this.root.classList.remove("dragged"));
+      this.root.addEventListener("drop", event => {
+        event.preventDefault();
+        this.root.classList.remove("dragged");
+        this.take([...event.dataTransfer.files]);
+      });
     }
 
     input(attributes) {
@@ -136,25 +135,10 @@
       for (const [name, value] of Object.entries(attributes)) input.setAttribute(name, value);
       input.setAttribute("aria-label", this.words.upload);
       input.addEventListener("change", () => {
-        if (input.files[0]) this.open(input.files[0]);
+        this.take([...input.files]);
         input.value = "";
       });
       return input;
-    }
-
-    buildTools(place) {
-      this.pen = this.button("pen", () => this.choose(false));
-      this.eraser = this.button("eraser", () => this.choose(true));
-      this.undoButton = this.button("undo", () => this.undo());
-      this.clearButton = this.button("clear", () => this.clear());
-      this.size = Object.assign(document.createElement("input"), { type: "range", min: 1, max: 120, value: this.isMask ? 48 : 12 });
-      this.size.setAttribute("aria-label", this.words.size);
-      this.size.title = this.words.size;
-      this.colour = this.colours[0];
-      place.append(this.pen, this.eraser);
-      if (this.colours.length > 1) place.append(...this.colours.map(colour => this.swatch(colour)));
-      place.append(this.size, this.undoButton, this.clearButton);
-      this.choose(false);
     }
 
     button(name, act) {
@@ -166,6 +150,101 @@
       button.innerHTML = ICONS[name];
       button.addEventListener("click", act);
       return button;
+    }
+
+    /** Reads files; where there is place for one only, the last that was given counts. */
+    take(files) {
+      const some = this.settings.several ? files : files.slice(0, 1);
+      if (!some.length) return;
+      if (some.some(file => file.size > FILE_LIMIT)) return this.complain("large");
+      const mine = this.settings.several ? this.latest : ++this.latest;
+      const work = Promise.all(some.map(opened)).then(pictures => mine === this.latest && this.receive(pictures));
+      return waitFor(work).catch(() => this.complain("unreadable"));
+    }
+
+    complain(name) {
+      this.fault.textContent = this.words[name];
+      this.fault.hidden = false;
+    }
+
+    async openCamera() {
+      let stream;
+      try {
+        stream = await navigator.mediaDevices.getUserMedia({ video: true });
+      } catch {
+        // Where pages may not use a camera a telephone still offers its own.
+        return this.input({ capture: "environment" }).click();
+      }
+      this.look(stream);
+    }
+
+    look(stream) {
+      const view = document.createElement("div");
+      view.className = "canvas-camera";
+      view.innerHTML = "<video autoplay playsinline muted></video><div><button></button><button></button></div>";
+      const video = view.querySelector("video");
+      const [shoot, stop] = view.querySelectorAll("button");
+      video.srcObject = stream;
+      shoot.textContent = this.words.shoot;
+      stop.textContent = this.words.stop;
+      const close = () => {
+        stream.getTracks().forEach(track => track.stop());
+        view.remove();
+      };
+      stop.addEventListener("click", close);
+      shoot.addEventListener("click", () => {
+        const still = document.createElement("canvas");
+        [still.width, still.height] = [video.videoWidth, video.videoHeight];
+        still.getContext("2d").drawImage(video, 0, 0);
+        close();
+        this.receive([still.toDataURL("image/png")]);
+      });
+      this.screen.append(view);
+      shoot.focus();
+    }
+  }
+
+  class Canvas extends Taker {
+    lay() {
+      this.erasing = false;
+      this.value = filled(null);
+      this.past = [];
+      this.stroke = null;
+      this.frame(
+        '<div class="canvas-stage" tabindex="-1"><img alt="" hidden><canvas></canvas><p class="canvas-hint"></p></div>' +
+          'FAULT<div class="canvas-tools"></div>',
+      );
+      this.screen = this.stage = this.find(".canvas-stage");
+      [this.image, this.layer] = [this.find("img"), this.find("canvas")];
+      this.hint = this.find(".canvas-hint");
+      this.hint.textContent = this.words.hint;
+      this.context = this.layer.getContext("2d", { willReadFrequently: true });
+      this.layTools(this.find(".canvas-tools"));
+      this.listen();
+    }
+
+    /** A value from the server, or the one that the hand has just made. */
+    given(value) {
+      const found = filled(value);
+      if (this.latest && same(found, this.value)) return;
+      this.past = [];
+      this.show(found);
+    }
+
+    layTools(place) {
+      this.pen = this.button("pen", () => this.choose(false));
+      this.eraser = this.button("eraser", () => this.choose(true));
+      this.undoButton = this.button("undo", () => this.undo());
+      this.clearButton = this.button("clear", () => this.clear());
+      this.size = Object.assign(document.createElement("input"), { type: "range", min: 1, max: 120, value: this.settings.mask ? 48 : 12 });
+      this.size.setAttribute("aria-label", this.words.size);
+      this.size.title = this.words.size;
+      const { colours } = this.settings;
+      this.colour = colours[0];
+      place.append(this.pen, this.eraser);
+      if (colours.length > 1) place.append(...colours.map(colour => this.swatch(colour)));
+      place.append(this.size, this.undoButton, this.clearButton);
+      this.choose(false);
     }
 
     swatch(colour) {
@@ -203,17 +282,6 @@
           event.preventDefault();
           this.undo();
         }
-      });
-      if (!this.takesFiles) return;
-      this.root.addEventListener("dragover", event => {
-        event.preventDefault();
-        this.root.classList.add("dragged");
-      });
-      this.root.addEventListener("dragleave", () => this.root.classList.remove("dragged"));
-      this.root.addEventListener("drop", event => {
-        event.preventDefault();
-        this.root.classList.remove("dragged");
-        if (event.dataTransfer.files[0]) this.open(event.dataTransfer.files[0]);
       });
     }
 
@@ -270,7 +338,7 @@
     // Values.
 
     needsPicture() {
-      return this.isMask && this.takesFiles && !this.value.picture;
+      return this.settings.mask && this.takesFiles && !this.value.picture;
     }
 
     remember() {
@@ -341,61 +409,55 @@
       this.show(value);
     }
 
-    // Pictures from outside.
-
-    open(file) {
-      if (file.size > FILE_LIMIT) return this.complain("large");
-      const mine = ++this.latest;
-      const work = opened(file).then(url => mine === this.latest && this.receive(url));
-      return waitFor(work).catch(() => this.complain("unreadable"));
-    }
-
-    receive(picture) {
+    receive([picture]) {
       this.remember();
       this.replace({ picture, paint: null });
     }
+  }
 
-    complain(name) {
-      this.fault.textContent = this.words[name];
-      this.fault.hidden = false;
+  class Strip extends Taker {
+    lay() {
+      this.frame('<ul class="strip-pictures"></ul><button type="button" class="strip-empty"></button>FAULT');
+      this.screen = this.root;
+      [this.list, this.empty] = [this.find(".strip-pictures"), this.find(".strip-empty")];
+      this.empty.textContent = this.words.hint;
+      this.empty.addEventListener("click", () => this.file.click());
     }
 
-    async openCamera() {
-      let stream;
-      try {
-        stream = await navigator.mediaDevices.getUserMedia({ video: true });
-      } catch {
-        // Where pages may not use a camera a telephone still offers its own.
-        return this.input({ capture: "environment" }).click();
-      }
-      this.look(stream);
+    given(value) {
+      const pictures = value ?? [];
+      if (this.value && pictures.join() === this.value.join()) return;
+      this.latest++; // what is being read comes too late
+      this.show(pictures);
     }
 
-    look(stream) {
-      const view = document.createElement("div");
-      view.className = "canvas-camera";
-      view.innerHTML = "<video autoplay playsinline muted></video><div><button></button><button></button></div>";
-      const video = view.querySelector("video");
-      const [shoot, stop] = view.querySelectorAll("button");
-      video.srcObject = stream;
-      shoot.textContent = this.words.shoot;
-      stop.textContent = this.words.stop;
-      const close = () => {
-        stream.getTracks().forEach(track => track.stop());
-        view.remove();
-      };
-      stop.addEventListener("click", close);
-      shoot.addEventListener("click", () => {
-        const still = document.createElement("canvas");
-        [still.width, still.height] = [video.videoWidth, video.videoHeight];
-        still.getContext("2d").drawImage(video, 0, 0);
-        close();
-        this.receive(still.toDataURL("image/png"));
-      });
-      this.stage.append(view);
-      shoot.focus();
+    receive(pictures) {
+      this.tell(this.settings.several ? [...this.value, ...pictures] : pictures);
+    }
+
+    /** The person's hand has made a value; gradio has it when this returns. */
+    tell(pictures) {
+      this.props.value = pictures.length ? pictures : null;
+      this.show(pictures);
+    }
+
+    show(pictures) {
+      this.value = pictures;
+      this.fault.hidden = true;
+      this.empty.hidden = pictures.length > 0;
+      this.list.hidden = !pictures.length;
+      this.list.replaceChildren(...pictures.map((picture, i) => this.entry(picture, i)));
+    }
+
+    entry(picture, place) {
+      const entry = document.createElement("li");
+      const image = Object.assign(document.createElement("img"), { src: picture, alt: `${this.words.title} ${place + 1}` });
+      const others = () => this.tell(this.value.filter((_, i) => i !== place));
+      entry.append(image, this.button("remove", others));
+      return entry;
     }
   }
 
-  window.mahlstickCanvas = (element, props, watch) => new Canvas(element, props, watch);
+  window.mahlstickCanvas = (...given) => new Canvas(...given);
+  window.mahlstickStrip = (...given) => new Strip(...given);
 })();

@@ -1,8 +1,9 @@
-"""Pictures that a person gives or draws, and masks painted above them: a component, and its value as pictures.
+"""Pictures that a person gives or draws, and masks painted above them: components, and their values as pictures.
 
-A value is ``{"picture": URL, "paint": URL}``, each a ``data:`` URL or None, or None where the canvas is empty. The
-picture is the file that was given, byte for byte; the paint is a PNG above it, of a size of its own. canvas.js sets the
-value in the browser as soon as a stroke has ended, so that a click finds it there.
+The value of a canvas is ``{"picture": URL, "paint": URL}``, each a ``data:`` URL or None, or None where it is empty.
+The picture is the file that was given, byte for byte; the paint is a PNG above it, of a size of its own. That of a
+strip is a list of such URLs, or None. canvas.js sets a value in the browser as soon as a stroke has ended or a file is
+read, and a click waits for it, so that it is found there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import html
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ FILE_LIMIT = 32 * 1024 * 1024  # bytes
 SCRIPT = Path(__file__).with_name("canvas.js").read_text(encoding="utf-8")
 
 Value = dict[str, str | None] | None
+StripValue = list[str] | None
 
 _SWATCHES = {INK: "black", "#ffffff": "white", "#808080": "grey"}
-_WORDS = ("upload", "camera", "pen", "eraser", "undo", "clear", "unreadable", "large")
+_WORDS = ("upload", "camera", "pen", "eraser", "undo", "clear", "remove", "unreadable", "large")
 _OTHER_WORDS = {"size": "pen_size", "shoot": "take_photo", "stop": "close_camera"}
 _BASE64 = 4 / 3  # characters for a byte
 
@@ -46,16 +49,28 @@ def mask(label: I18nData, files: bool = False, **options: Any) -> gr.HTML:
     return _canvas(label, "mask_hint", mask=True, files=files, colours={PAINT: "pen"}, **options)
 
 
+def strip(label: I18nData, several: bool = True, **options: Any) -> gr.HTML:
+    """Pictures side by side that are uploaded, pasted or taken by the camera; at most one without ``several``."""
+    words = {"title": label, "hint": "strip_hint" if several else "strip_hint_one"}
+    return _component("Strip", words, {"several": several, "files": True}, **options)
+
+
 def _canvas(label: I18nData, hint: str, *, colours: dict[str, str], mask: bool, files: bool, **options: Any) -> gr.HTML:
-    named = {name: name for name in _WORDS} | _OTHER_WORDS | colours | {"title": label, "hint": hint}
-    settings = {"words": words(named), "colours": list(colours), "mask": mask, "files": files}
+    settings = {"colours": list(colours), "mask": mask, "files": files}
+    return _component("Canvas", colours | {"title": label, "hint": hint}, settings, **options)
+
+
+def _component(kind: str, named: Mapping[str, Any], settings: Mapping[str, Any], **options: Any) -> gr.HTML:
+    """A component of canvas.js, with the texts of the page that it shows."""
+    texts = words({name: name for name in _WORDS} | _OTHER_WORDS | dict(named))
     # In the template, not as gr.HTML's props: gradio 6.31 forgets those at an update of anything else of the component.
-    written = html.escape(json.dumps(settings, ensure_ascii=False)).replace("{", "&#123;")
+    written = html.escape(json.dumps({"words": texts, **settings}, ensure_ascii=False)).replace("{", "&#123;")
+    classes = "canvas canvas-mask" if settings.get("mask") else "canvas"
     return gr.HTML(
         None,
-        label=label,
-        html_template=f'<div class="canvas{" canvas-mask" if mask else ""}" data-settings="{written}"></div>',
-        js_on_load="mahlstickCanvas(element, props, watch)",
+        label=named["title"],
+        html_template=f'<div class="{classes}" data-settings="{written}"></div>',
+        js_on_load=f"mahlstick{kind}(element, props, watch)",
         apply_default_css=False,
         padding=False,
         **options,
@@ -64,7 +79,7 @@ def _canvas(label: I18nData, hint: str, *, colours: dict[str, str], mask: bool, 
 
 def background(value: Value) -> Image.Image | None:
     """The picture below the paint, as Pillow finds it in the file. Raises :class:`MahlstickError` where it is none."""
-    url = _url(value, "picture")
+    url = _checked((value or {}).get("picture"), "picture")
     return open_picture(url, "picture", alpha=True) if url else None
 
 
@@ -111,8 +126,18 @@ def above(picture: Value, paint: Value = None) -> Value:
     return {"picture": below, "paint": (paint or {}).get("paint")}
 
 
-def _url(value: Value, name: str) -> str | None:
-    url = (value or {}).get(name)
+def pictures(value: StripValue) -> list[Image.Image]:
+    """What a strip shows. Raises :class:`MahlstickError` where one is no picture."""
+    return [open_picture(_checked(url, "picture"), "picture") for url in value or ()]
+
+
+def strip_value(pictures: Sequence[Image.Image]) -> StripValue:
+    """What a strip is to show."""
+    return [data_url(picture) for picture in pictures] or None
+
+
+def _checked(url: str | None, name: str) -> str | None:
+    """Raises :class:`MahlstickError` where it is not from the browser, or too long."""
     if url and not url.startswith("data:"):
         raise MahlstickError(f"{name}: should come from the canvas, not from elsewhere; give it again")
     if url and len(url) > FILE_LIMIT * _BASE64 + 100:
@@ -122,7 +147,7 @@ def _url(value: Value, name: str) -> str | None:
 
 def _paint(value: Value) -> Image.Image | None:
     """As RGBA, where something is on it."""
-    url = _url(value, "paint")
+    url = _checked((value or {}).get("paint"), "paint")
     if not url:
         return None
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import gradio as gr
 from PIL import Image
 
 from mahlstick.errors import MahlstickError
-from mahlstick.page import status
-from mahlstick.page.create import CONTROLS, IMAGE_PROMPTS, Create, only_data
-from mahlstick.page.faults import sentence
+from mahlstick.page import parts, status
+from mahlstick.page.create import CONTROLS, IMAGE_PROMPTS, Create, with_found
+from mahlstick.page.endpoints import answer, as_fields, endpoint
+from mahlstick.page.faults import named
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Cancelled, Job, Jobs, Work, forming
+from mahlstick.page.jobs import Job, Jobs, Work, forming
+from mahlstick.page.limits import AXIS_LETTERS, WORDS_LETTERS
+from mahlstick.page.making import Begun, Maker
 from mahlstick.page.models import Models
+from mahlstick.page.parts import QUIET, Updates, Values
 from mahlstick.page.texts import label, say
-from mahlstick.page.units import UnitFault, Updates, Values, error_line
+from mahlstick.page.units import UnitFault
 from mahlstick.pipelines import schedulers
 from mahlstick.pipelines.compare import CELL, CHOICES, Axis, cells, compare, grid, read_grid
 from mahlstick.pipelines.generate import Result
@@ -34,23 +38,24 @@ _PARTS = {"controls": ("scale", "start", "end", "mode", "adapter"), "image_promp
 _UNIT = re.compile(r"(controls|image_prompts)\[(\d+)\]\.(\w+)")
 _NO_WORD = re.compile(r"\W+")
 _WORDS = ("prompt", "negative_prompt")
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
 
-class Compare:
+class Compare(Maker):
     """The tab's components and what they do."""
+
+    kind = KIND
 
     def __init__(
         self, create: Create, models: Models, jobs: Jobs, history: History, session: gr.BrowserState, tab: gr.Tab
     ) -> None:
         """``create`` is the tab whose settings all pictures share, and ``tab`` the one around this."""
-        self._create, self._models, self._jobs = create, models, jobs
-        self._history, self._session, self._tab = history, session, tab
-        with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=5, min_width=320, elem_classes="left"):
-                self._lay_axes()
-            with gr.Column(scale=6, min_width=320, elem_classes="right"):
-                self._lay_result()
+        super().__init__(jobs, history, session)
+        self._create, self._models, self._tab = create, models, tab
+        left, right = parts.columns()
+        with left:
+            self._lay_axes()
+        with right:
+            self._lay_result()
         self._wire()
 
     # What is on the screen.
@@ -59,39 +64,18 @@ class Compare:
         gr.Markdown(label("cmp_from"), elem_classes="explained")
         self.x = _AxisField("x", self._create, self._models, "steps", "5, 10, 20")
         self.y = _AxisField("y", self._create, self._models, "", "")
-        self.error = error_line()
-        with gr.Row(elem_classes="actions"):
-            self.run = gr.Button(label("cmp_run"), variant="primary", elem_id="cmp-run", scale=3, min_width=160)
-            self.cancel = gr.Button(
-                label("cancel"), variant="stop", elem_id="cmp-cancel", scale=1, min_width=100, visible=False
-            )
+        self.error = parts.error_line()
+        self.run, self.cancel = parts.actions("cmp_run", "cmp-run", "cmp-cancel")
 
     def _lay_result(self) -> None:
-        self.status = gr.HTML("", elem_id="cmp-status", elem_classes="sentence", padding=False)
-        with gr.Column(elem_id="cmp-empty") as self.empty:
-            gr.Markdown(label("cmp_empty"))
-            with gr.Row():
-                self.examples = [
-                    gr.Button(label(key), size="sm", min_width=110, elem_id=key.replace("_", "-")) for key in _EXAMPLES
-                ]
-        self.gallery = gr.Gallery(
-            label=label("cmp_grids"),
-            columns=3,
-            height=560,
-            object_fit="contain",
-            preview=True,
-            interactive=False,
-            buttons=["download", "fullscreen"],
-            elem_id="cmp-gallery",
-            visible=False,
-        )
+        self.status = parts.status_line("cmp-status")
+        self.empty, self.examples = parts.invitation("cmp_empty", "cmp-empty", [*_EXAMPLES])
+        self.gallery = parts.gallery("cmp_grids", "cmp-gallery", columns=3, height=560)
         self.shown = gr.State([])  # names of the grids in it
         self.chosen = gr.State(0)
         self.restore = gr.Button(label("restore"), size="sm", elem_id="cmp-restore", visible=False)
-        self.drop = gr.File(
-            label=label("cmp_drop"), file_types=[".png"], height=64, elem_id="cmp-drop", elem_classes="drop-line"
-        )
-        self.drop_error = error_line()
+        self.drop = parts.drop_line("cmp_drop", "cmp-drop", file_types=[".png"])
+        self.drop_error = parts.error_line()
 
     @property
     def axes(self) -> list[_AxisField]:
@@ -102,25 +86,24 @@ class Compare:
         return [field for axis in self.axes for field in (axis.field, axis.text)]
 
     @property
-    def _errors(self) -> list[Any]:
+    def errors(self) -> list[Any]:
         return [self.x.error, self.y.error, self.error, self.drop_error]
 
     @property
-    def _result(self) -> list[Any]:
-        """What changes with the grids that there are."""
+    def result(self) -> list[Any]:
         return [self.gallery, self.shown, self.chosen, self.cancel, self.restore, self.empty]
 
     # Between the screen and a grid.
 
     def read(self, values: Values) -> tuple[Request, Axis, Axis | None]:
         """The request that is on Create, and the axes. Raises :class:`MahlstickError`."""
-        request, offered = self._create.read(values), self._offered(values[self._session])
+        request, offered = self._create.read(values), self._there(values[self._session])
         x, y = (axis.read(values, offered) for axis in self.axes)
         if x is None:
             x, y = y, None
         if x is None:
             raise UnitFault(say("cmp_no_axis"), self.x.error)
-        _check_count(x, y)
+        _check_size(x, y)
         try:
             for row in cells(request, x, y):
                 for cell in row:
@@ -142,64 +125,50 @@ class Compare:
 
     def write(self, request: Request, x: Axis, y: Axis | None, offered: Models) -> Updates:
         """A grid's settings on the screen: the axes here, the rest on Create."""
-        return {**self._create.write(request), **self.x.write(x, offered), **self.y.write(y, offered)}
+        return {**self._create.write(request, offered), **self.x.write(x, offered), **self.y.write(y, offered)}
 
-    def _offered(self, session: str | None) -> Models:
-        """With what the session has trained."""
-        return self._models.of(self._history.results(session)) if session else self._models
+    def _there(self, session: str | None) -> Models:
+        return self.offered(self._models, session)
 
     # What happens.
 
     def _wire(self) -> None:
-        everything = {*self._create.fields, *self.fields, self._session}
-        outputs = [self._session, self.status, *self._result, *self._errors]
-        self.run.click(self._run, everything, outputs, **_QUIET).then(
-            self._create._gallery, [self._session], self._create._result, **_QUIET
-        )
-        self.cancel.click(self._cancel, [self._session], None, queue=False, **_QUIET)
-        self.gallery.select(_place, None, self.chosen, **_QUIET)
+        made = self.wire_run([*self._create.fields, *self.fields])
+        made.then(self._create.show, [self._session], self._create.result, **QUIET)
+        self.gallery.select(_place, None, self.chosen, **QUIET)
         units = [unit.shown for unit in self._create.units]
-        self._tab.select(self._offer, [*units, self.x.field, self.y.field], [self.x.field, self.y.field], **_QUIET)
+        self._tab.select(self._offer, [*units, self.x.field, self.y.field], [self.x.field, self.y.field], **QUIET)
         axes = [output for axis in self.axes for output in axis.outputs]
-        screen = [*self._create._screen, *axes, self.status, *self._errors]
-        self.restore.click(self._restore_chosen, [self._session, self.shown, self.chosen], screen, **_QUIET)
-        self.drop.upload(self._restore_file, [self.drop, self._session], [*screen, self.drop], **_QUIET)
+        screen = [*self._create.screen, *axes, self.status, *self.errors]
+        self.restore.click(self._restore_chosen, [self._session, self.shown, self.chosen], screen, **QUIET)
+        self.drop.upload(self._restore_file, [self.drop, self._session], [*screen, self.drop], **QUIET)
         for axis in self.axes:
             chosen = [axis.field, self._session]
-            axis.field.input(self._suit(axis), chosen, [*axis.outputs[1:], axis.error], **_QUIET)
-            axis.fill.click(self._fill(axis), chosen, axis.text, **_QUIET)
+            axis.field.input(self._suit(axis), chosen, [*axis.outputs[1:], axis.error], **QUIET)
+            axis.fill.click(self._fill(axis), chosen, axis.text, **QUIET)
         for key, button in zip(_EXAMPLES, self.examples, strict=True):
-            button.click(lambda key=key: self._example(key), None, axes, **_QUIET)
+            button.click(lambda key=key: self._example(key), None, axes, **QUIET)
 
-    async def _run(self, values: Values, browser: gr.Request) -> AsyncIterator[Updates]:
-        session = values[self._session] or History.new_session()
-        yield {
-            **dict.fromkeys(self._errors, ""),
-            self._session: session,
-            self.status: status.bar(say("loading", browser)),
-            **self._faces(False, working=True),
-        }
-        job = None
+    def begin(self, values: Values, session: str, browser: gr.Request) -> Begun:
+        if not (values[self._create.prompt] or "").strip():
+            raise MahlstickError(say("cmp_no_prompt", browser))
+        request, x, y = self.read(values)
         kept: list[Path] = []
-        try:
-            if not (values[self._create.prompt] or "").strip():
-                raise MahlstickError(say("cmp_no_prompt", browser))
-            request, x, y = self.read(values)
-            job = self._jobs.submit(comparison(request, x, y, self._history, session, kept.extend), _owner(session))
-            async for shown in status.watch(self._jobs, job, browser):
-                yield {self.status: shown}
-            job.future.result()
-            yield {self.status: "", **self._gallery(session)}
-        except Cancelled:
-            note = say("cmp_cancelled", browser, count=len(kept)) if kept else say("cancelled", browser)
-            yield {self.status: status.note(note), **self._gallery(session)}
-        except Exception as error:
-            line = error.line if isinstance(error, UnitFault) and error.line in self._errors else self.error
-            yield {self.status: "", line: status.error(sentence(error, browser)), **self._gallery(session)}
-        finally:
-            if job is not None and not job.future.done():  # the person has gone
-                job.cancel()
+        return Begun(comparison(request, x, y, self._history, session, kept.extend), kept=kept)
 
+    def working(self, values: Values, browser: gr.Request) -> Updates:
+        return self._faces(False, working=True)
+
+    def made(self, found: Path, values: Values, session: str, browser: gr.Request) -> Updates:
+        return self._show(session)
+
+    def left(self, values: Values, session: str, browser: gr.Request) -> Updates:
+        return self._show(session)
+
+    def line_for(self, error: Exception, values: Values) -> gr.HTML:
+        return error.line if isinstance(error, UnitFault) and error.line in self.errors else self.error
+
+    @endpoint
     async def compare(self, request: dict[str, Any], x: dict[str, Any], y: dict[str, Any] | None) -> list[str]:
         """Makes a grid of pictures and returns its PNG, and then the pictures' own, row after row.
 
@@ -208,37 +177,25 @@ class Compare:
         such as ``{"field": "steps", "values": [4, 8]}`` or ``{"field": "controls[0].scale", "values": [0.5, 1]}``;
         ``y`` may be null.
         """
-        try:
-            only_data(request)
-            wanted, across, down = Request(**request), Axis(**x), Axis(**y) if y else None
-            _check_count(across, down)
-            for row in cells(wanted, across, down):
-                for cell in row:
-                    self._models.check(cell)
-            kept: list[Path] = []
-            work = comparison(wanted, across, down, self._history, History.new_session(), kept.extend)
-            job = self._jobs.submit(work)
-            try:
-                async for _ in status.watch(self._jobs, job, None):
-                    pass
-                return [str(job.future.result()), *map(str, kept)]
-            finally:
-                job.cancel()
-        except MahlstickError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        wanted, across = Request(**as_fields(request, "request")), Axis(**as_fields(x, "x"))
+        down = Axis(**as_fields(y, "y")) if y is not None else None
+        _check_size(across, down)
+        for row in cells(wanted, across, down):
+            for cell in row:
+                self._models.check(cell)
+        kept: list[Path] = []
+        work = comparison(wanted, across, down, self._history, History.new_session(), kept.extend)
+        return [str(await answer(self._jobs, work)), *map(str, kept)]
 
     def enter(self, session: str | None) -> Updates:
         """What a browser sees at first: its session's grids."""
-        return self._gallery(session or "")
+        return self._show(session or "")
 
     @property
     def entered(self) -> list[Any]:
-        return self._result
+        return self.result
 
-    def _cancel(self, session: str) -> None:
-        self._jobs.cancel(_owner(session))
-
-    def _gallery(self, session: str) -> Updates:
+    def _show(self, session: str) -> Updates:
         grids = self._history.others(session, KIND)
         faces = self._faces(bool(grids))
         shown = {"value": [str(path) for path in grids], "selected_index": 0 if grids else None}
@@ -268,10 +225,10 @@ class Compare:
         ]
 
     def _suit(self, axis: _AxisField) -> Callable[[str, str | None], Updates]:
-        return lambda field, session: {axis.error: "", **axis.suited(field, "", self._offered(session))}
+        return lambda field, session: {axis.error: "", **axis.suited(field, "", self._there(session))}
 
     def _fill(self, axis: _AxisField) -> Callable[[str, str | None], str]:
-        return lambda field, session: ", ".join(axis.names(field, self._offered(session)))
+        return lambda field, session: ", ".join(axis.names(field, self._there(session)))
 
     def _example(self, key: str) -> Updates:
         x, y = (Axis.parse(*parts) for parts in _EXAMPLES[key])
@@ -286,18 +243,17 @@ class Compare:
         return {**self._restored(Path(path), session, browser), self.drop: None}
 
     def _restored(self, path: Path, session: str | None, browser: gr.Request) -> Updates:
-        cleared: Updates = dict.fromkeys(self._errors, "")
+        cleared: Updates = dict.fromkeys(self.errors, "")
         try:
-            recipe, offered = read_grid(path), self._offered(session)
-            only_data(recipe.request.model_dump(mode="json"))
-            offered.check(recipe.request)
+            recipe, offered = read_grid(path), self._there(session)
+            request = with_found(recipe.request)
+            offered.check(request)
             for axis in [recipe.x] + ([recipe.y] if recipe.y is not None else []):
-                _check_shown(axis, recipe.request)
+                _check_shown(axis, request)
             note = status.note(say("cmp_restored", browser))
-            return {**cleared, **self.write(recipe.request, recipe.x, recipe.y, offered), self.status: note}
+            return {**cleared, **self.write(request, recipe.x, recipe.y, offered), self.status: note}
         except MahlstickError as error:
-            told = sentence(MahlstickError(str(error).replace(str(path), path.name)), browser)
-            return {**cleared, self.drop_error: status.error(told)}
+            return {**cleared, self.drop_error: named(error, path, browser)}
 
 
 class _AxisField:
@@ -327,7 +283,7 @@ class _AxisField:
                 )
             self.about = gr.Markdown(self._about(field, models), elem_classes="about")
             self.fill = gr.Button(label("cmp_fill"), size="sm", visible=False, elem_id=f"cmp-{name}-fill")
-            self.error = error_line()
+            self.error = parts.error_line()
 
     @property
     def outputs(self) -> list[Any]:
@@ -368,6 +324,8 @@ class _AxisField:
         if not field:
             return None
         try:
+            if len(values[self.text] or "") > AXIS_LETTERS:
+                raise MahlstickError(f"{field}: the values may have at most {AXIS_LETTERS} letters here; give fewer")
             names = self.names(field, models)
             return Axis.parse(self._placed(field, values), values[self.text] or "", names or None)
         except MahlstickError as error:
@@ -466,8 +424,11 @@ def _unit_fields() -> list[str]:
     return [f"{units}[{i}].{part}" for units, parts in _PARTS.items() for i in range(counts[units]) for part in parts]
 
 
-def _check_count(x: Axis, y: Axis | None) -> None:
-    """Raises :class:`MahlstickError` where a grid would have too many pictures."""
+def _check_size(x: Axis, y: Axis | None) -> None:
+    """Raises :class:`MahlstickError` where a grid would have too many pictures, or words are too long."""
+    for axis in (x, y) if y is not None else (x,):
+        if any(isinstance(value, str) and len(value) > WORDS_LETTERS for value in axis.values):
+            raise MahlstickError(f"{axis.name}: words may have at most {WORDS_LETTERS} letters here; give fewer")
     count = len(x.values) * (len(y.values) if y is not None else 1)
     if count > CELLS:
         product = f"{len(x.values)} × {len(y.values)} = {count}" if y is not None else str(count)
@@ -479,10 +440,6 @@ def _check_shown(axis: Axis, request: Request) -> None:
     axis.check(request)
     if axis.field not in (*_PLAIN, *_unit_fields()):
         raise MahlstickError(f"{axis.field}: cannot be compared on this page; use mahlstick.compare in Python")
-
-
-def _owner(session: str) -> str:
-    return f"{session} {KIND}"
 
 
 def _place(event: gr.SelectData) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,17 @@ import gradio as gr
 from PIL import Image
 
 from mahlstick.errors import MahlstickError
-from mahlstick.page import canvas, scripts, status
-from mahlstick.page.faults import sentence
+from mahlstick.page import canvas, parts, scripts, status
+from mahlstick.page.endpoints import answer, as_fields, endpoint, only_data
+from mahlstick.page.faults import named, sentence
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Cancelled, Jobs, pictures
+from mahlstick.page.jobs import Jobs, pictures
+from mahlstick.page.making import Begun, Maker
 from mahlstick.page.models import Models
-from mahlstick.page.sentences import translated
+from mahlstick.page.parts import QUIET, Updates, Values
 from mahlstick.page.texts import label, say
-from mahlstick.page.units import (
-    ControlUnit,
-    ImagePromptUnit,
-    UnitFault,
-    Updates,
-    Values,
-    error_line,
-    option_updates,
-    slide,
-)
+from mahlstick.page.units import ControlUnit, ImagePromptUnit, UnitFault, option_updates
 from mahlstick.pictures import load_picture
-from mahlstick.pipelines import schedulers
 from mahlstick.pipelines.load import embedded_folder
 from mahlstick.pipelines.recipe import Recipe, read_recipe
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, open_mask, open_picture
@@ -42,42 +34,29 @@ PICTURES = 16  # at once
 _UNIT = re.compile(r"(controls|image_prompts)\[(\d+)\]")
 
 
-class Create:
+class Create(Maker):
     """The tab's components and what they do."""
 
     def __init__(self, models: Models, jobs: Jobs, history: History, session: gr.BrowserState) -> None:
-        self._models, self._jobs, self._history, self._session = models, jobs, history, session
-        with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=5, min_width=320, elem_classes="left"):
-                self._lay_prompt()
-                self._lay_settings()
-                self._lay_units()
-                self._lay_init()
-            with gr.Column(scale=6, min_width=320, elem_classes="right"):
-                self._lay_result()
+        super().__init__(jobs, history, session)
+        self._models = models
+        left, right = parts.columns()
+        with left:
+            self._lay_prompt()
+            self._lay_settings()
+            self._lay_units()
+            self._lay_init()
+        with right:
+            self._lay_result()
         self._wire()
 
     # What is on the screen.
 
     def _lay_prompt(self) -> None:
         with gr.Group():
-            self.prompt = gr.Textbox(
-                label=label("prompt"),
-                placeholder=label("prompt_hint"),
-                lines=2,
-                max_lines=8,
-                elem_id="prompt",
-                autofocus=True,
-            )
-            self.negative = gr.Textbox(
-                label=label("negative"), placeholder=label("negative_hint"), lines=1, max_lines=4, elem_id="negative"
-            )
-        self.error = error_line()
-        with gr.Row(elem_classes="actions"):
-            self.paint = gr.Button(label("paint"), variant="primary", elem_id="paint", scale=3, min_width=160)
-            self.cancel = gr.Button(
-                label("cancel"), variant="stop", elem_id="cancel", scale=1, min_width=100, visible=False
-            )
+            self.prompt, self.negative = parts.prompts(autofocus=True)
+        self.error = parts.error_line()
+        self.run, self.cancel = parts.actions("paint", "paint", "cancel")
 
     def _lay_settings(self) -> None:
         with gr.Accordion(label("settings"), open=True, elem_id="settings"):
@@ -85,27 +64,15 @@ class Create:
                 self.model = gr.Dropdown(
                     self._models.bases, value="embedded", label=label("model"), elem_id="model", min_width=140
                 )
-                self.sampler = gr.Dropdown(
-                    [(label("own_sampler"), ""), *sampler_choices()], value="", label=label("sampler"), min_width=140
-                )
+                self.sampler = parts.sampler()
             with gr.Row():
                 self.steps = gr.Slider(1, 100, 20, step=1, label=label("steps"), min_width=140, buttons=[])
                 self.images = gr.Slider(1, PICTURES, 1, step=1, label=label("pictures"), min_width=140, buttons=[])
             with gr.Row():
-                self.width = gr.Number(None, label=label("width"), placeholder=label("own"), precision=0, min_width=100)
-                self.height = gr.Number(
-                    None, label=label("height"), placeholder=label("own"), precision=0, min_width=100
-                )
-                self.guidance = gr.Number(None, label=label("guidance"), placeholder=label("own"), min_width=100)
+                self.width, self.height = parts.open_number("width"), parts.open_number("height")
+                self.guidance = parts.open_number("guidance", whole=False)
             with gr.Row(elem_id="seeds"):
-                self.seed = gr.Number(
-                    None,
-                    label=label("seed"),
-                    placeholder=label("seed_hint"),
-                    precision=0,
-                    elem_id="seed",
-                    min_width=120,
-                )
+                self.seed = parts.open_number("seed", placeholder=label("seed_hint"), elem_id="seed", min_width=120)
                 self.dice = gr.Button(label("dice"), size="sm", min_width=80, scale=0, elem_id="dice")
                 self.reuse = gr.Button(label("reuse"), size="sm", min_width=80, scale=0, elem_id="reuse")
 
@@ -119,29 +86,14 @@ class Create:
 
     def _lay_init(self) -> None:
         with gr.Accordion(label("init"), open=False, elem_id="init") as self.init_section:
-            self.init_error = error_line()
+            self.init_error = parts.error_line()
             self.init = canvas.mask(label("init_hint"), files=True, elem_id="init-picture")
             self.strength = gr.Slider(0.05, 1.0, 0.8, step=0.05, label=label("strength"), buttons=[])
 
     def _lay_result(self) -> None:
-        self.status = gr.HTML("", elem_id="status", elem_classes="sentence", padding=False)
-        with gr.Column(elem_id="empty") as self.empty:
-            gr.Markdown(label("empty"))
-            with gr.Row():
-                self.examples = [
-                    gr.Button(label(key), size="sm", min_width=110, elem_id=key.replace("_", "-")) for key in _EXAMPLES
-                ]
-        self.gallery = gr.Gallery(
-            label=label("result"),
-            columns=4,
-            height=460,
-            object_fit="contain",
-            preview=True,
-            interactive=False,
-            buttons=["download", "fullscreen"],
-            elem_id="gallery",
-            visible=False,
-        )
+        self.status = parts.status_line("status")
+        self.empty, self.examples = parts.invitation("empty", "empty", [*_EXAMPLES])
+        self.gallery = parts.gallery("result", "gallery")
         self.chosen = gr.State(0)  # place in the gallery
         self.shown = gr.State([])  # names of the pictures in it
         with gr.Column(elem_id="send", visible=False) as self.send:
@@ -157,11 +109,11 @@ class Create:
             placeholder=label("search"), label=label("search"), show_label=False, elem_id="search", visible=False
         )
         with gr.Column(elem_id="drop-place"):
-            self.drop = gr.File(label=label("drop"), height=64, elem_id="drop")
-            self.drop_error = error_line()
+            self.drop = parts.drop_line("drop", "drop")
+            self.drop_error = parts.error_line()
         with gr.Accordion(label("code"), open=False, elem_id="code"):
             self.refresh = gr.Button(label("refresh"), size="sm", elem_id="refresh")
-            self.code_error = error_line()
+            self.code_error = parts.error_line()
             with gr.Tabs():
                 self.texts = []
                 for key in ("recipe", "python", "shell", "workflow"):
@@ -189,10 +141,14 @@ class Create:
         return [*self.controls, *self.image_prompts]
 
     @property
-    def dropdowns(self) -> list[tuple[str, gr.Dropdown]]:
-        """Where models are chosen, each with the name of its list in :class:`Models`."""
-        nets = [("nets", unit.adapter) for unit in self.controls]
-        return [("bases", self.model), *nets, *(("image_prompts", unit.adapter) for unit in self.image_prompts)]
+    def choosers(self) -> list[Any]:
+        """What changes with the models that there are."""
+        return [self.model, *(unit.adapter for unit in self.units)]
+
+    def offer(self, models: Models) -> Updates:
+        """What there is to choose from."""
+        lists = [models.bases, *[models.nets] * CONTROLS, *[models.image_prompts] * IMAGE_PROMPTS]
+        return {chooser: gr.update(choices=list_) for chooser, list_ in zip(self.choosers, lists, strict=True)}
 
     @property
     def fields(self) -> list[Any]:
@@ -207,14 +163,14 @@ class Create:
         return [self.width, self.height, self.guidance, self.seed]
 
     @property
-    def _screen(self) -> list[Any]:
+    def screen(self) -> list[Any]:
         """What a request can change: the fields, the groups of the units and the sections."""
         of_units = [component for unit in self.units for component in unit.outputs]
         sections = [self.controls_section, self.prompts_section, self.init_section]
-        return [*dict.fromkeys([*self.fields, *of_units, *sections, *self._errors])]
+        return [*dict.fromkeys([*self.fields, *of_units, *sections, *self.errors])]
 
     @property
-    def _errors(self) -> list[Any]:
+    def errors(self) -> list[Any]:
         return [self.error, self.init_error, self.drop_error, self.code_error, *(unit.error for unit in self.units)]
 
     # Between the screen and a request.
@@ -241,8 +197,9 @@ class Create:
             image_prompts=_read_all(self.image_prompts, values),
         )
 
-    def write(self, request: Request) -> Updates:
-        """The request on the screen. Raises :class:`MahlstickError` where it has more units than the page."""
+    def write(self, request: Request, offered: Models | None = None) -> Updates:
+        """The request on the screen, and what there is to choose from where that may have changed. Raises
+        :class:`MahlstickError` where it has more units than the page."""
         for field, given, most in (
             ("controls", request.controls, CONTROLS),
             ("image_prompts", request.image_prompts, IMAGE_PROMPTS),
@@ -255,8 +212,8 @@ class Create:
             self.prompt: request.prompt,
             self.negative: request.negative_prompt,
             self.model: request.base,
-            self.steps: slide(request.steps, 1, 100),
-            self.images: slide(request.images, 1, PICTURES),
+            self.steps: parts.slide(request.steps, 1, 100),
+            self.images: parts.slide(request.images, 1, PICTURES),
             self.width: request.width,
             self.height: request.height,
             self.guidance: request.guidance,
@@ -267,7 +224,7 @@ class Create:
             self.controls_section: gr.update(open=bool(request.controls)),
             self.prompts_section: gr.update(open=bool(request.image_prompts)),
             self.init_section: gr.update(open=init is not None),
-            **self._clear_errors(),
+            **dict.fromkeys(self.errors, ""),
         }
         both: list[tuple[list[Any], list[Any]]] = [
             (self.controls, request.controls),
@@ -278,16 +235,11 @@ class Create:
                 updates |= unit.write(spec)
             if not specs:  # an empty unit that invites
                 updates |= {units[0].group: gr.update(visible=True), units[0].shown: True}
-        return updates
+        choices = self.offer(offered) if offered is not None else {}
+        return updates | {chooser: update | {"value": updates[chooser]} for chooser, update in choices.items()}
 
-    def _clear_errors(self) -> Updates:
-        return {line: "" for line in self._errors}
-
-    def _complain(self, error: Exception, values: Values, browser: gr.Request) -> Updates:
-        """The fault as a sentence, beside the field that it is about."""
-        return {self._line_for(error, str(error), values): status.error(sentence(error, browser))}
-
-    def _line_for(self, error: Exception, message: str, values: Values) -> gr.HTML:
+    def line_for(self, error: Exception, values: Values) -> gr.HTML:
+        message = str(error)
         if isinstance(error, UnitFault):
             return error.line
         if found := _UNIT.match(message):
@@ -300,41 +252,39 @@ class Create:
     # What happens.
 
     def _wire(self) -> None:
-        everything = {*self.fields, self._session, self.chosen, self.shown, self.search, self.overlay}
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-        outputs = [self._session, self.status, *self._result, *self._code_shown, *self._errors]
-        self.paint.click(self._paint, everything, outputs, **quiet)
-        self.cancel.click(self._jobs.cancel, [self._session], None, queue=False, **quiet)
-        self.dice.click(lambda: secrets.randbelow(2**32), None, self.seed, **quiet)
-        self.reuse.click(self._reuse, [self._session, self.shown, self.chosen], self.seed, **quiet)
-        self.gallery.select(self._choose, [self._session, self.shown], [self.chosen, self.texts[0]], **quiet)
-        found = [self._session, self.search, self.overlay]
-        self.search.input(self._find, found, [*self._result, self.status], trigger_mode="always_last", **quiet)
-        self.overlay.input(self._lay_over, [*found, self.chosen], self._result, **quiet)
-        self.refresh.click(self._code, everything, [*self._code_shown, *self._errors], **quiet)
-        dropped = [self.drop, self._session]
-        self.drop.upload(self._restore_file, dropped, [*self._screen, self.drop, self.status], **quiet)
         pictured = [self._session, self.shown, self.chosen]
-        self.restore.click(self._restore_chosen, pictured, [*self._screen, self.status], **quiet)
-        self.to_init.click(self._send_init, pictured, [self.init, self.init_section], **quiet)
-        self.to_control.click(self._send_control, everything, [*self._screen, self.status], **quiet)
-        self.to_image_prompt.click(self._send_image_prompt, everything, [*self._screen, self.status], **quiet)
+        seen = [*self.fields, *pictured, self.search, self.overlay]
+        everything = {*seen}
+        self.wire_run(seen, self._code_shown)
+        self.dice.click(lambda: secrets.randbelow(2**32), None, self.seed, **QUIET)
+        self.reuse.click(self._reuse, pictured, self.seed, **QUIET)
+        self.gallery.select(self._choose, [self._session, self.shown], [self.chosen, self.texts[0]], **QUIET)
+        found = [self._session, self.search, self.overlay]
+        self.search.input(self._find, found, [*self.result, self.status], trigger_mode="always_last", **QUIET)
+        self.overlay.input(self._lay_over, [*found, self.chosen], self.result, **QUIET)
+        self.refresh.click(self._code, everything, [*self._code_shown, *self.errors], **QUIET)
+        dropped = [self.drop, self._session]
+        self.drop.upload(self._restore_file, dropped, [*self.screen, self.drop, self.status], **QUIET)
+        self.restore.click(self._restore_chosen, pictured, [*self.screen, self.status], **QUIET)
+        self.to_init.click(self._send_init, pictured, [self.init, self.init_section], **QUIET)
+        self.to_control.click(self._send_control, everything, [*self.screen, self.status], **QUIET)
+        self.to_image_prompt.click(self._send_image_prompt, everything, [*self.screen, self.status], **QUIET)
         for key, button in zip(_EXAMPLES, self.examples, strict=True):
-            button.click(lambda key=key: self.write(_example(key)), None, self._screen, **quiet)
-        self._wire_units(quiet)
+            button.click(lambda key=key: self.write(_example(key)), None, self.screen, **QUIET)
+        self._wire_units()
 
-    def _wire_units(self, quiet: dict[str, Any]) -> None:
+    def _wire_units(self) -> None:
         for add, units in ((self.add_control, self.controls), (self.add_image_prompt, self.image_prompts)):
             states: list[Any] = [unit.shown for unit in units]
             groups: list[Any] = [unit.group for unit in units]
-            add.click(_show_next, states, [*groups, *states], **quiet)
+            add.click(_show_next, states, [*groups, *states], **QUIET)
         for unit in self.units:
-            unit.remove.click(lambda unit=unit: unit.write(None), None, unit.outputs, **quiet)
-            unit.masked.input(self._open_mask(unit), [unit.masked, *_below(unit)], unit.mask, **quiet)
+            unit.remove.click(lambda unit=unit: unit.write(None), None, unit.outputs, **QUIET)
+            unit.masked.input(self._open_mask(unit), [unit.masked, *_below(unit)], unit.mask, **QUIET)
         for control in self.controls:
             seen = [control.seen, control.error, control.mask]
-            control.annotator.input(option_updates, control.annotator, control.options, **quiet).then(
-                self._see(control), {*control.fields}, seen, **quiet
+            control.annotator.input(option_updates, control.annotator, control.options, **QUIET).then(
+                self._see(control), {*control.fields}, seen, **QUIET
             )
             gr.on(
                 [control.picture.change, *(option.input for option in control.options)],
@@ -342,7 +292,7 @@ class Create:
                 {*control.fields},
                 seen,
                 trigger_mode="always_last",
-                **quiet,
+                **QUIET,
             )
 
     def _see(self, control: ControlUnit) -> Any:
@@ -350,7 +300,7 @@ class Create:
             try:
                 seen, told = control.see(values), ""
             except MahlstickError as error:
-                seen, told = None, status.error(translated(str(error), browser))
+                seen, told = None, status.error(sentence(error, browser))
             shown = {control.seen: gr.update(value=seen, visible=seen is not None), control.error: told}
             if not values[control.masked]:
                 return shown
@@ -364,76 +314,54 @@ class Create:
 
         return open_mask
 
-    async def _paint(self, values: Values, browser: gr.Request) -> AsyncIterator[Updates]:
-        session = values[self._session] or History.new_session()
+    def begin(self, values: Values, session: str, browser: gr.Request) -> Begun:
+        if not (values[self.prompt] or "").strip():
+            raise MahlstickError(say("no_prompt", browser))
+        request = self.read(values)
+        self.offered(self._models, session).check(request)
+        work = pictures(request, lambda result: self._history.add(session, result))
+        return Begun(work, meanwhile=self._texts(session, request, browser))
+
+    def working(self, values: Values, browser: gr.Request) -> Updates:
         idle = [unit for unit in self.units if unit.is_idle(values)]
         hints = {unit.error: status.note(say("idle_unit", browser)) for unit in idle}
-        yield {
-            **self._clear_errors(),
-            **hints,
-            self._session: session,
-            self.status: status.bar(say("loading", browser)),
-            **self._faces(values[self.shown], values[self.search], working=True),
-        }
-        job, after = None, self._faces(values[self.shown], values[self.search])
-        try:
-            if not (values[self.prompt] or "").strip():
-                raise MahlstickError(say("no_prompt", browser))
-            request = self.read(values)
-            self._models.check(request, self._history.results(session))
-            work = pictures(request, lambda result: self._history.add(session, result))
-            job = self._jobs.submit(work, session)
-            yield self._texts(session, request, browser)
-            async for shown in status.watch(self._jobs, job, browser):
-                yield {self.status: shown}
-            saved = job.future.result()
-            yield {self.status: "", self.search: "", **self._gallery(session, values[self.overlay], first=saved)}
-        except Cancelled:
-            yield {self.status: status.note(say("cancelled", browser)), **after}
-        except Exception as error:
-            yield {self.status: "", **after, **self._complain(error, values, browser)}
-        finally:
-            if job is not None and not job.future.done():  # the person has gone
-                job.cancel()
+        return {**hints, **self._faces(values[self.shown], values[self.search], working=True)}
 
+    def made(self, found: list[Path], values: Values, session: str, browser: gr.Request) -> Updates:
+        return {self.search: "", **self.show(session, values[self.overlay], first=found)}
+
+    def left(self, values: Values, session: str, browser: gr.Request) -> Updates:
+        return self._faces(values[self.shown], values[self.search])
+
+    @endpoint
     async def generate(self, request: dict[str, Any]) -> list[str]:
         """Makes the pictures of a request and returns the PNG files.
 
         ``request`` holds the fields of mahlstick.Request as JSON; pictures in it are ``data:`` URLs, as
         ``Request.to_json`` writes them. Models and adapters are those that the page offers.
         """
-        try:
-            wanted = Request(**request)
-            only_data(request)
-            if wanted.images > PICTURES:
-                raise MahlstickError(f"images: at most {PICTURES} at once here, not {wanted.images}")
-            self._models.check(wanted)
-            job = self._jobs.submit(pictures(wanted, lambda made: self._history.add(History.new_session(), made)))
-            try:
-                async for _ in status.watch(self._jobs, job, None):
-                    pass
-                return [str(path) for path in job.future.result()]
-            finally:
-                job.cancel()
-        except MahlstickError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        wanted = Request(**as_fields(request, "request"))
+        if wanted.images > PICTURES:
+            raise MahlstickError(f"images: at most {PICTURES} at once here, not {wanted.images}")
+        self._models.check(wanted)
+        made = pictures(wanted, lambda made: self._history.add(History.new_session(), made))
+        return [str(path) for path in await answer(self._jobs, made)]
 
     def enter(self, session: str | None) -> Updates:
         """What a browser sees at first: its session's pictures."""
         session = session or History.new_session()
         # A number that begins as None is shown as 0, but one that becomes None as an empty field.
-        return {self._session: session, **dict.fromkeys(self._numbers), **self._gallery(session)}
+        return {self._session: session, **dict.fromkeys(self._numbers), **self.show(session)}
 
     @property
     def entered(self) -> list[Any]:
-        return [self._session, *self._numbers, *self._result]
+        return [self._session, *self._numbers, *self.result]
 
     @property
-    def _result(self) -> list[Any]:
-        """What changes with the pictures that there are."""
+    def result(self) -> list[Any]:
         return [self.gallery, self.shown, self.chosen, self.cancel, self.send, self.search, self.empty]
 
-    def _gallery(
+    def show(
         self, session: str, overlay: bool = False, first: Sequence[Path] = (), words: str = "", chosen: int = 0
     ) -> Updates:
         """The session's pictures that were made from ``words``, those of ``first`` before the others."""
@@ -460,12 +388,12 @@ class Create:
         }
 
     def _find(self, session: str, words: str, overlay: bool, browser: gr.Request) -> Updates:
-        found = self._gallery(session, overlay, words=words)
+        found = self.show(session, overlay, words=words)
         nothing = status.note(say("none_found", browser)) if words and not found[self.shown] else ""
         return {**found, self.status: nothing}
 
     def _lay_over(self, session: str, words: str, overlay: bool, chosen: int) -> Updates:
-        return self._gallery(session, overlay, words=words, chosen=chosen)
+        return self.show(session, overlay, words=words, chosen=chosen)
 
     def _path(self, session: str, shown: list[str], chosen: int) -> Path:
         """The chosen picture. Raises :class:`MahlstickError` where none is."""
@@ -487,23 +415,23 @@ class Create:
         try:
             return {**self._restored(Path(path), session, browser), self.drop: None}
         except MahlstickError as error:
-            named = str(error).replace(str(path), Path(path).name)
-            return {self.drop_error: status.error(translated(named, browser)), self.drop: None}
+            return {self.drop_error: named(error, path, browser), self.drop: None}
 
     def _restore_chosen(self, session: str, shown: list[str], chosen: int, browser: gr.Request) -> Updates:
         try:
             return self._restored(self._path(session, shown, chosen), session, browser)
         except MahlstickError as error:
-            return {self.error: status.error(translated(str(error), browser))}
+            return {self.error: status.error(sentence(error, browser))}
 
     def _restored(self, path: Path, session: str, browser: gr.Request) -> Updates:
         recipe = read_recipe(path)
-        only_data(recipe.request.model_dump(mode="json"))
-        request = recipe.request.model_copy(update={"seeds": [_seed(recipe)], "images": 1, "seed": None})
-        self._models.check(request, self._history.results(session))
+        again = with_found(recipe.request)
+        request = again.model_copy(update={"seeds": [_seed(recipe)], "images": 1, "seed": None})
+        offered = self.offered(self._models, session)
+        offered.check(request)
         lost = _lost(request)
         told = say("restored_without", browser, names=", ".join(lost)) if lost else say("restored", browser)
-        return {**self.write(request), self.status: status.note(told)}
+        return {**self.write(request, offered), self.status: status.note(told)}
 
     def _send_init(self, session: str, shown: list[str], chosen: int) -> tuple[Any, Any]:
         picture = load_picture(self._path(session, shown, chosen))
@@ -520,7 +448,7 @@ class Create:
     def _send_image_prompt(self, values: Values, browser: gr.Request) -> Updates:
         for unit in self.image_prompts:
             if not unit.filled(values):
-                pictures = [str(self._chosen_path(values))]
+                pictures = canvas.strip_value([load_picture(self._chosen_path(values))])
                 shown = {unit.group: gr.update(visible=True), unit.shown: True, unit.pictures: pictures}
                 return {**shown, self.prompts_section: gr.update(open=True)}
         return {self.status: status.note(say("full", browser))}
@@ -531,9 +459,9 @@ class Create:
     def _code(self, values: Values, browser: gr.Request) -> Updates:
         try:
             texts = self._texts(values[self._session], self.read(values), browser, recipe=False)
-            return {**self._clear_errors(), **texts}
+            return {**dict.fromkeys(self.errors, ""), **texts}
         except MahlstickError as error:
-            return {**self._clear_errors(), self.code_error: status.error(translated(str(error), browser))}
+            return {**dict.fromkeys(self.errors, ""), self.code_error: status.error(sentence(error, browser))}
 
     def _texts(self, session: str, request: Request, browser: gr.Request, recipe: bool = True) -> Updates:
         """The request as code, with its pictures in files."""
@@ -599,14 +527,18 @@ def _show_next(*shown: bool) -> list[Any]:
     return [*(gr.update(visible=visible) for visible in after), *after]
 
 
-def sampler_choices() -> list[tuple[str, str]]:
-    names = schedulers.names()
-    return [(name, name) for name in [*names, *(f"{name}_karras" for name in names if name.startswith("dpm++"))]]
-
-
 def _seed(recipe: Recipe) -> int:
     assert recipe.request.seeds is not None
     return recipe.request.seeds[recipe.index or 0]
+
+
+def with_found(request: Request) -> Request:
+    """The request of a recipe, with the pictures that words found in place of the words: the library may be another by
+    now. Raises :class:`MahlstickError` where it names a picture on this machine."""
+    only_data(request.model_dump(mode="json"))
+    bare: dict[str, Any] = {"search": None, "library": None, "found": [], "count": 1, "least": None}
+    specs = [spec.model_copy(update=bare) if spec.images else spec for spec in request.image_prompts]
+    return request.model_copy(update={"image_prompts": specs})
 
 
 def _lost(request: Request) -> list[str]:
@@ -621,20 +553,6 @@ def _lost(request: Request) -> list[str]:
             names += [f"{field}[{i}].blocks"] if isinstance(getattr(spec, "blocks", ""), dict) else []
             names += [f"{field}[{i}].image_encoder"] if getattr(spec, "image_encoder", None) else []
     return names
-
-
-def only_data(value: Any) -> None:
-    """Raises :class:`MahlstickError` where a request from outside names a picture on this machine."""
-    pictures = ("init", "mask", "image", "images", "negative")
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            for source in inner if isinstance(inner, list) else [inner]:
-                if name in pictures and isinstance(source, str) and not source.startswith("data:"):
-                    raise MahlstickError(f"{name}: give the picture as a data: URL, as Request.to_json() writes it")
-            only_data(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            only_data(inner)
 
 
 # Button -> the fields of the request that it shows; pictures are those of the assets.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import gradio as gr
 
 from mahlstick.errors import MahlstickError
+from mahlstick.page import status
 from mahlstick.page.sentences import translated
 from mahlstick.page.texts import say
 
@@ -21,3 +23,9 @@ def sentence(error: Exception, browser: gr.Request | None) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return say("no_memory", browser)
     return say("failed", browser, reason=type(error).__name__)
+
+
+def named(error: MahlstickError, path: str | Path | None, browser: gr.Request | None) -> str:
+    """The error as HTML, with a file's name in place of where it lies on the server."""
+    told = str(error).replace(str(path), Path(path).name) if path else str(error)
+    return status.error(translated(told, browser))

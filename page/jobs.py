@@ -105,7 +105,7 @@ class Jobs:
     """The queue, and the one thread that works it off with one set of loaded models."""
 
     def __init__(self, device: str | None = None, dtype: str | None = None) -> None:
-        self._loader = Loader()
+        self._loader = Loader(bases=2)
         self._where = {"device": device, "dtype": dtype}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mahlstick")
         self._line: list[Job] = []

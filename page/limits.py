@@ -7,6 +7,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY_LIMIT = 256 * 1024 * 1024  # bytes: every canvas of the page full, and more
+AXIS_LETTERS = 20_000  # of all values of an axis, as a person writes them
+WORDS_LETTERS = 500  # of one value: each may take the place of many words in a prompt
 
 
 class BodyLimit:

@@ -19,9 +19,9 @@ _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pth", ".pt")
 class Models:
     """Base models and adapters by kind. Files are recognised by their headers, never by their names."""
 
-    def __init__(self, folder: Path | None, results: Path | None = None) -> None:
-        """``results`` holds a folder for each thing that a session trained."""
-        self.folder = folder
+    def __init__(self, folder: Path | None, results: Path | None = None, library: Path | None = None) -> None:
+        """``results`` holds a folder for each thing that a session trained; ``library`` has pictures to be found."""
+        self.folder, self.library = folder, library
         self.bases: list[Choice] = [("embedded", "embedded")]
         self.nets: list[Choice] = []
         self.image_prompts: list[Choice] = []
@@ -33,7 +33,7 @@ class Models:
 
     def of(self, results: Path) -> Models:
         """What is there now, and what a session trained."""
-        return Models(self.folder, results)
+        return Models(self.folder, results, self.library)
 
     def _add(self, shown: str, meant: str, path: Path) -> None:
         kind = _kind(path)
@@ -46,30 +46,28 @@ class Models:
         if kind in lists:
             lists[kind].append((shown, meant))
 
-    def check(self, request: Request | VideoRequest, results: Path | None = None) -> None:
-        """Raises :class:`MahlstickError` where a request names weights that are not offered, to everybody or to the
-        session with these results."""
-        there = self if results is None else self.of(results)
-        adapters = [("controls", spec.adapter, there.nets) for spec in request.controls]
-        adapters += [("image_prompts", spec.adapter, there.image_prompts) for spec in request.image_prompts]
+    def check(self, request: Request | VideoRequest) -> None:
+        """Raises :class:`MahlstickError` where a request names weights that are not offered."""
+        adapters = [("controls", spec.adapter, self.nets) for spec in request.controls]
+        adapters += [("image_prompts", spec.adapter, self.image_prompts) for spec in request.image_prompts]
         if isinstance(request, VideoRequest):
-            adapters.append(("motion", request.motion, there.motions))
-        for field, given, offered in [("base", request.base, there.bases), *adapters]:
+            adapters.append(("motion", request.motion, self.motions))
+        for field, given, offered in [("base", request.base, self.bases), *adapters]:
             if given not in [meant for _, meant in offered]:
                 names = ", ".join(shown for shown, _ in offered) or "none"
                 raise MahlstickError(f"{field}: {given} is not offered on this page; choose one of: {names}")
-        for field, given in _elsewhere(request):
+        for field, given in _elsewhere(request, str(self.library) if self.library is not None else None):
             raise MahlstickError(f"{field}: {given} is not offered on this page; leave it out")
 
 
-def _elsewhere(request: Request | VideoRequest) -> Iterator[tuple[str, str]]:
-    """Fields that name files of the server, or of a hub, beside the models, and what they name."""
+def _elsewhere(request: Request | VideoRequest, library: str | None) -> Iterator[tuple[str, str]]:
+    """Fields that name files of the server, or of a hub, beside the models and the library, and what they name."""
     named = [("base_config", request.base_config)]
     named += [(f"controls[{i}].options.model", spec.options.get("model")) for i, spec in enumerate(request.controls)]
     for i, spec in enumerate(request.image_prompts):
-        named += [
-            (f"image_prompts[{i}].{field}", getattr(spec, field)) for field in ("image_encoder", "search", "library")
-        ]
+        is_ours = library is not None and spec.library == library
+        fields = ("image_encoder",) if is_ours else ("image_encoder", "search", "library")
+        named += [(f"image_prompts[{i}].{field}", getattr(spec, field)) for field in fields]
     yield from ((field, given) for field, given in named if given is not None)
 
 

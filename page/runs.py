@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,21 @@ class Run:
         kept = self._kept()
         if _lives(kept.get("process")):
             os.kill(kept["process"]["pid"], signal.SIGINT)
+
+    def remove(self) -> None:
+        """Delete the result, its checkpoints, and all that is known of the run. Raises :class:`MahlstickError` while it
+        is at work."""
+        if self.is_live:
+            raise MahlstickError(f"name: {self.name} is at work; stop it first")
+        shutil.rmtree(self.out, ignore_errors=True)
+        for what in ("config.json", "state.json", "log"):
+            self._beside(what).unlink(missing_ok=True)
+
+    def reads(self, folder: Path) -> bool:
+        """Whether it learns from what is in a folder."""
+        config = self.config
+        given = (config.data, config.control, config.reference)
+        return any(Path(each).is_relative_to(folder) for each in given if each is not None)
 
     def _start(self, on_cpu: bool) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "TQDM_MININTERVAL": "5"}

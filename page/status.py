@@ -6,7 +6,7 @@ import asyncio
 import base64
 import html
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import gradio as gr
 from PIL import Image
@@ -46,12 +46,14 @@ def waiting(jobs: Jobs, ahead: int, browser: gr.Request | None) -> str:
     return bar(say("waiting", browser, ahead=ahead))
 
 
-async def watch(jobs: Jobs, job: Job, browser: gr.Request | None) -> AsyncIterator[str]:
-    """Where the job stands, whenever that has changed, until it is done."""
+async def watch(
+    jobs: Jobs, job: Job, browser: gr.Request | None, stands: Callable[[Job, gr.Request | None], str] = of
+) -> AsyncIterator[str]:
+    """Where the job stands, whenever that has changed, until it is done; ``stands`` says it once none is before it."""
     before = ""
     while not job.future.done():
         ahead = jobs.ahead(job)
-        shown = waiting(jobs, ahead, browser) if ahead else of(job, browser)
+        shown = waiting(jobs, ahead, browser) if ahead else stands(job, browser)
         if shown != before:
             yield shown
         before = shown

@@ -36,6 +36,9 @@ _TEXTS = {
     "controls": ("Controls", "控制"),
     "add_control": ("Add a control", "添加控制"),
     "remove": ("Remove", "移除"),
+    "remove_sure": ("Remove it for good?", "确定彻底删除吗？"),
+    "remove_do": ("Yes, remove it", "是，删除"),
+    "remove_not": ("Keep it", "保留"),
     "follow": ("Picture or drawing to follow", "要遵循的图片或草图"),
     "net": ("Control net", "控制网络"),
     "annotator": ("Annotator", "预处理器"),
@@ -63,6 +66,8 @@ _TEXTS = {
     "all": ("everything", "全部"),
     "style": ("style only", "仅风格"),
     "layout": ("layout only", "仅构图"),
+    "found_by": ("Or words that find one in the library", "或用文字在图库中查找"),
+    "found_by_hint": ("watercolour fox", "水彩狐狸"),
     "unlike": ("Unlike this picture", "避免像这张图"),
     "init": ("Start from a picture", "以图生图"),
     "init_hint": (
@@ -96,6 +101,8 @@ _TEXTS = {
     # On a canvas.
     "draw_hint": ("Draw here, or drop, paste or upload a picture", "在此绘制，或拖入、粘贴、上传图片"),
     "mask_hint": ("Drop, paste or upload a picture, then paint on it", "拖入、粘贴或上传图片，然后在上面涂抹"),
+    "strip_hint": ("Drop, paste or upload pictures", "拖入、粘贴或上传图片"),
+    "strip_hint_one": ("Drop, paste or upload a picture", "拖入、粘贴或上传一张图片"),
     "upload": ("Upload a picture", "上传图片"),
     "camera": ("Take a photo", "拍照"),
     "pen": ("Pen", "画笔"),
@@ -119,6 +126,10 @@ _TEXTS = {
     "painting": ("Step {step} of {total}", "第 {step} / {total} 步"),
     "left": ("{seconds} s left", "剩余 {seconds} 秒"),
     "cancelled": ("Cancelled; nothing was kept.", "已取消，没有保存任何内容。"),
+    "cancelled_kept": (
+        "Cancelled; made so far and now on Create: {count}.",
+        "已取消；已生成的 {count} 张图片在“创作”页。",
+    ),
     "finishing": ("Almost done …", "即将完成……"),
     "restored": ("The settings of this picture are back.", "这张图片的参数已恢复。"),
     "restored_without": (
@@ -208,6 +219,7 @@ _TEXTS = {
     "tr_ip-adapter": ("an image prompt adapter", "图像提示适配器"),
     "tr_lora": ("a LoRA", "LoRA"),
     "tr_motion": ("a motion module", "运动模块"),
+    "tr_qformer": ("a Q-Former", "Q-Former"),
     "tr_data": ("Folder of pictures, or of clips", "图片或视频片段文件夹"),
     "tr_zip": ("Or drop a .zip of pictures with captions", "或拖入带说明文字的图片 .zip"),
     "tr_no_data": (
@@ -228,6 +240,8 @@ _TEXTS = {
     "tr_start": ("Start", "开始训练"),
     "tr_stop": ("Stop", "停止"),
     "tr_resume": ("Resume", "继续"),
+    "tr_remove": ("Remove this run", "删除此训练"),
+    "tr_remove_data": ("Remove this archive", "删除此压缩包"),
     "tr_runs": ("Your runs", "你的训练"),
     "tr_loss": ("Loss", "损失"),
     "tr_fidelity": ("Fidelity", "保真度"),
@@ -242,8 +256,8 @@ _TEXTS = {
     "tr_preparing": ("Reading and encoding the pictures …", "正在读取和编码图片……"),
     "tr_stopping": ("Stopping …", "正在停止……"),
     "tr_stopped": (
-        "Stopped at step {step} of {total}. Resume goes on from the last checkpoint.",
-        "已停在第 {step} / {total} 步，可从最近的检查点继续。",
+        "Stopped at step {step} of {total}. Resume goes on from there.",
+        "已停在第 {step} / {total} 步，可由此继续。",
     ),
     "tr_done": (
         "Done: {total} steps. {name} is in the lists of Create, or below.",
@@ -293,10 +307,6 @@ _TEXTS = {
     "cmp_example_guidance": ("Guidance and samplers", "引导强度与采样器"),
     "cmp_example_control": ("How much control", "控制的强弱"),
     "cmp_restored": ("The settings of this grid are back, here and on Create.", "网格的参数已恢复到此处和“创作”页。"),
-    "cmp_cancelled": (
-        "Cancelled; made so far and now on Create: {count}.",
-        "已取消；已生成的 {count} 张图片在“创作”页。",
-    ),
     "cmp_no_prompt": (
         "Say on Create what to paint first; the grid starts from there.",
         "请先在“创作”页写下想画的内容，网格以它为基础。",

@@ -5,44 +5,57 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Protocol, Union, get_args, get_origin
 
 import gradio as gr
 import pandas as pd
 
 from mahlstick import annotators
 from mahlstick.errors import MahlstickError
-from mahlstick.page import datasets, status
+from mahlstick.page import datasets, parts, status
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Job, Jobs
 from mahlstick.page.models import Models, trained
+from mahlstick.page.parts import QUIET, Updates, Values
 from mahlstick.page.runs import NAME, Run, runs
 from mahlstick.page.sentences import translated
 from mahlstick.page.texts import label, say
-from mahlstick.page.units import Updates, Values, error_line
-from mahlstick.page.weights import code_line, how_to_use, look
+from mahlstick.page.weights import how_to_use, look
 from mahlstick.pipelines.load import choose_device
 from mahlstick.training.config import GROUPS, TrainConfig
 
 REFRESH = 2.0  # seconds between two looks at a run
-CHECKPOINT_EVERY = 50  # steps: what a stop costs at most
+CHECKPOINT_EVERY = 50  # steps: what a kill costs at most
 PLOT_HEIGHT = 280  # pixels
 
-_TASKS = ("controlnet", "ip-adapter", "lora", "motion")
+_TASKS = ("controlnet", "ip-adapter", "lora", "motion", "qformer")
 _ANNOTATOR = "canny"
 # Fields that have a place of their own, that name files, or that are of no use here.
 _NOT_LISTED = {"task", "data", "out", "base", "steps", "batch", "rate", "resolution", "annotator", "tracker"}
+_LOOKING = ("ip-adapter", "qformer")
 _OF_TASK = {
-    "annotator_options": "controlnet", "projector": "ip-adapter", "tokens": "ip-adapter", "depth": "ip-adapter",
-    "heads": "ip-adapter", "join": "ip-adapter", "image_layer": "ip-adapter", "image_dropout": "ip-adapter",
-    "frames": "motion", "fps": "motion", "positions": "motion", "norm": "motion", "rank": "lora", "train_text": "lora",
+    "annotator_options": ("controlnet",), "projector": ("ip-adapter",), "tokens": _LOOKING, "depth": _LOOKING,
+    "heads": _LOOKING, "join": ("ip-adapter",), "image_layer": _LOOKING, "image_dropout": ("ip-adapter",),
+    "momentum": ("qformer",), "frames": ("motion",), "fps": ("motion",), "positions": ("motion",), "norm": ("motion",),
+    "rank": ("lora",), "train_text": ("lora",),
 }  # fmt: skip
 _OF_DATA = ("data", "control", "reference")
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 _log = logging.getLogger(__name__)
+
+
+class Choosing(Protocol):
+    """A tab on which models are chosen."""
+
+    @property
+    def choosers(self) -> list[Any]:
+        """What changes with the models that there are."""
+
+    def offer(self, models: Models) -> Updates:
+        """What there is to choose from."""
 
 
 class Train:
@@ -56,27 +69,27 @@ class Train:
         session: gr.BrowserState,
         data: Path | None,
         device: str | None = None,
-        dropdowns: Sequence[tuple[str, gr.Dropdown]] = (),
+        others: Sequence[Choosing] = (),
     ) -> None:
-        """``data``: the folder of which a person may choose others. ``dropdowns``: those of other tabs that are to
-        list what was trained, each with the name of its list in :class:`Models`.
+        """``data``: the folder of which a person may choose others. ``others``: tabs that are to offer
+        what was trained.
 
         On an accelerator a run waits in the queue of ``jobs``, and they for it. On a CPU runs have a queue of their
         own, and pictures are made beside them.
         """
         self._models, self._history, self._session, self._data = models, history, session, data
         self._jobs = Jobs(device) if choose_device(device) == "cpu" else jobs
-        self._dropdowns = dropdowns
+        self._others = others
         self._live: dict[Path, Job] = {}
         self._stopping: set[Path] = set()
-        with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=5, min_width=320, elem_classes="left"):
-                self._lay_data()
-                self._lay_settings()
-                self._lay_more()
-                self.start = gr.Button(label("tr_start"), variant="primary", elem_id="tr-start")
-            with gr.Column(scale=6, min_width=320, elem_classes="right"):
-                self._lay_run()
+        left, right = parts.columns()
+        with left:
+            self._lay_data()
+            self._lay_settings()
+            self._lay_more()
+            self.start = gr.Button(label("tr_start"), variant="primary", elem_id="tr-start")
+        with right:
+            self._lay_run()
         self._wire()
 
     def close(self) -> None:
@@ -92,11 +105,12 @@ class Train:
         self.data = gr.Dropdown(
             list(datasets.folders(self._data)), value=None, label=label("tr_data"), elem_id="tr-data"
         )
-        self.zip = gr.File(label=label("tr_zip"), height=64, elem_id="tr-zip", elem_classes="drop-line")
+        self.zip = parts.drop_line("tr_zip", "tr-zip")
+        self.remove_data = parts.Removal("tr_remove_data", "tr-remove-data")
         if self._data is None:
             gr.Markdown(label("tr_no_data"), elem_classes="hint")
         self.data_note = gr.HTML("", elem_classes="sentence", padding=False)
-        self.data_error = error_line()
+        self.data_error = parts.error_line()
         with gr.Row():
             self.control = gr.Dropdown(
                 [(label("tr_made"), "")], value="", label=label("tr_control"), elem_id="tr-control", min_width=140
@@ -123,7 +137,7 @@ class Train:
             self.base = gr.Dropdown(
                 self._models.bases, value="embedded", label=label("model"), elem_id="tr-base", min_width=140
             )
-        self.name_error = error_line()
+        self.name_error = parts.error_line()
         defaults = TrainConfig.model_fields
         with gr.Row():
             self.steps = gr.Number(
@@ -132,18 +146,9 @@ class Train:
             self.batch = gr.Number(
                 defaults["batch"].default, label=label("tr_batch"), precision=0, elem_id="tr-batch", min_width=100
             )
-            self.rate = gr.Number(
-                None, label=label("tr_rate"), placeholder=label("own"), elem_id="tr-rate", min_width=100
-            )
-            self.resolution = gr.Number(
-                None,
-                label=label("tr_resolution"),
-                placeholder=label("own"),
-                precision=0,
-                elem_id="tr-resolution",
-                min_width=100,
-            )
-        self.error = error_line()
+            self.rate = parts.open_number("tr_rate", whole=False, elem_id="tr-rate")
+            self.resolution = parts.open_number("tr_resolution", elem_id="tr-resolution")
+        self.error = parts.error_line()
 
     def _lay_more(self) -> None:
         """A component for each other field of a config, with the field's own description."""
@@ -158,28 +163,41 @@ class Train:
                 fits = name not in _NOT_LISTED and (group != "start" or name in _OF_TASK)
                 if fits and (component := _component(name, field)) is not None:
                     self.more[name] = component
-            self.more_error = error_line()
+            self.more_error = parts.error_line()
 
     def _lay_run(self) -> None:
-        gr.Markdown(label("tr_empty"), elem_id="tr-empty", elem_classes="teach")
+        parts.invitation("tr_empty", "tr-empty")
         self.run = gr.Dropdown([], label=label("tr_runs"), visible=False, elem_id="tr-run")
-        self.status = gr.HTML("", elem_id="tr-status", padding=False)
+        self.status = parts.status_line("tr-status")
         with gr.Row(elem_classes="actions"):
             self.stop = gr.Button(label("tr_stop"), variant="stop", visible=False, elem_id="tr-stop")
             self.resume = gr.Button(label("tr_resume"), visible=False, elem_id="tr-resume")
+        self.remove_run = parts.Removal("tr_remove", "tr-remove")
         self.loss, self.fidelity = (
             gr.LinePlot(
-                x="step", y="value", color="measure", label=label(key), y_title=" ", height=PLOT_HEIGHT, visible=False
+                x="step",
+                y="value",
+                color="measure",
+                label=label(key),
+                y_title=" ",
+                height=PLOT_HEIGHT,
+                visible=False,
+                elem_classes="plot",
             )
             for key in ("tr_loss", "tr_fidelity")
         )
         self.samples = gr.Image(
-            label=label("tr_samples"), interactive=False, visible=False, buttons=["fullscreen"], elem_id="tr-samples"
+            label=label("tr_samples"),
+            alt_text="what the adapter makes of held-out pictures",
+            interactive=False,
+            visible=False,
+            buttons=["fullscreen"],
+            elem_id="tr-samples",
         )
         self.result = gr.File(
             label=label("tr_result"), file_count="multiple", interactive=False, visible=False, elem_id="tr-result"
         )
-        self.uses = [code_line("shell"), code_line("python")]
+        self.uses = [parts.code_line("shell"), parts.code_line("python")]
         self.timer = gr.Timer(REFRESH, active=False)
 
     @property
@@ -189,8 +207,9 @@ class Train:
     @property
     def _run_view(self) -> list[Any]:
         """What a run changes."""
-        seen = [self.status, self.stop, self.resume, self.loss, self.fidelity, self.samples, self.result, *self.uses]
-        return [self.run, *seen, self.timer, *(dropdown for _, dropdown in self._dropdowns)]
+        buttons = [self.stop, self.resume, *self.remove_run.components]
+        seen = [self.status, *buttons, self.loss, self.fidelity, self.samples, self.result, *self.uses]
+        return [self.run, *seen, self.timer, *(each for other in self._others for each in other.choosers)]
 
     @property
     def _folders(self) -> list[Any]:
@@ -200,20 +219,24 @@ class Train:
         own = [self.task, *self._folders, self.annotator, self.name, self.base, self.steps, self.batch, self.rate]
         everything = {*own, self.resolution, *self.more.values(), self._session}
         view = [*self._run_view, *self._errors]
-        self.start.click(self._start, everything, view, **_QUIET)
+        self.start.click(self._start, everything, view, **QUIET)
         chosen = [self._session, self.run]
-        self.stop.click(self._stop, chosen, self._run_view, queue=False, **_QUIET)
-        self.resume.click(self._resume, chosen, view, **_QUIET)
-        self.run.input(self._view, chosen, self._run_view, **_QUIET)
-        self.timer.tick(self._tick, chosen, self._run_view, queue=False, **_QUIET)
+        self.stop.click(self._stop, chosen, self._run_view, queue=False, **QUIET)
+        self.resume.click(self._resume, chosen, view, **QUIET)
+        self.run.input(self._view, chosen, self._run_view, **QUIET)
+        self.timer.tick(self._tick, chosen, self._run_view, queue=False, **QUIET)
         of_task = [self.control, self.reference, self.annotator, *(self.more[name] for name in self._of_task)]
-        self.task.input(self._choose_task, self.task, of_task, **_QUIET)
-        outputs = [*self._folders, self.data_note, self.data_error, self.zip]
-        self.zip.upload(self._unpack, [self.zip, self._session], outputs, **_QUIET)
+        self.task.input(self._choose_task, self.task, of_task, **QUIET)
+        outputs = [*self._folders, self.data_note, self.data_error, self.zip, *self.remove_data.components]
+        self.zip.upload(self._unpack, [self.zip, self._session], outputs, **QUIET)
+        self.remove_run.do.click(self._remove_run, chosen, [*self._run_view, self.error], **QUIET)
+        removable = [*self.remove_data.components, *self._folders, self.data_note, self.data_error]
+        for event, act in ((self.data.input, self._choose_data), (self.remove_data.do.click, self._remove_data)):
+            event(act, [self._session, self.data], removable, **QUIET)
 
     @property
-    def _of_task(self) -> dict[str, str]:
-        return {name: task for name, task in _OF_TASK.items() if name in self.more}
+    def _of_task(self) -> dict[str, tuple[str, ...]]:
+        return {name: tasks for name, tasks in _OF_TASK.items() if name in self.more}
 
     # Data.
 
@@ -243,14 +266,29 @@ class Train:
         said = say("tr_unpacked", browser, name=folder.name, kept=kept, left=left)
         offered = self._offer_data(session)
         offered[self.data] = gr.update(**{**offered[self.data], "value": folder.name})
-        return {**offered, self.data_note: status.note(said), self.data_error: "", self.zip: None}
+        told = {self.data_note: status.note(said), self.data_error: "", self.zip: None}
+        return {**offered, **told, **self.remove_data.shown(True)}
+
+    def _choose_data(self, session: str, name: str) -> Updates:
+        return self.remove_data.shown(name in datasets.uploaded(self._home(session)))
+
+    def _remove_data(self, session: str, name: str, browser: gr.Request) -> Updates:
+        if name not in datasets.uploaded(self._home(session)):
+            return self._choose_data(session, name)
+        folder = self._home(session) / name
+        if any(run.is_live and run.reads(folder) for run in runs(self._history.results(session))):
+            return {self.data_error: status.error(say("tr_at_once", browser)), **self.remove_data.shown(True)}
+        shutil.rmtree(folder, ignore_errors=True)
+        offered = self._offer_data(session)
+        offered[self.data] = gr.update(**{**offered[self.data], "value": None})
+        return {**offered, self.data_note: "", self.data_error: "", **self.remove_data.shown(False)}
 
     def _choose_task(self, task: str) -> Updates:
         return {
             self.control: gr.update(visible=task == "controlnet"),
             self.annotator: gr.update(visible=task == "controlnet"),
             self.reference: gr.update(visible=task == "ip-adapter"),
-            **{self.more[name]: gr.update(visible=task == its) for name, its in self._of_task.items()},
+            **{self.more[name]: gr.update(visible=task in tasks) for name, tasks in self._of_task.items()},
         }
 
     def _read(self, values: Values, browser: gr.Request) -> TrainConfig:
@@ -270,7 +308,7 @@ class Train:
         more = {
             field: values[component]
             for field, component in self.more.items()
-            if values[component] not in (None, "") and self._of_task.get(field, task) == task
+            if values[component] not in (None, "") and task in self._of_task.get(field, _TASKS)
         }
         of_task: dict[str, Any] = {}
         if task == "controlnet":
@@ -363,6 +401,21 @@ class Train:
             return {self.error: status.error(str(error))}
         return {self.error: "", **self._view(session, name, browser)}
 
+    def _remove_run(self, session: str, name: str, browser: gr.Request) -> Updates:
+        run = self._find(session, name)
+        try:
+            if run is not None:
+                run.remove()
+        except MahlstickError as error:
+            return {self.error: status.error(str(error)), **self.remove_run.shown(False)}
+        known = runs(self._history.results(session))
+        if known:
+            return self._view(session, known[0].name, browser)
+        seen = [self.stop, self.resume, self.loss, self.fidelity, self.samples]
+        nothing = dict.fromkeys(seen, gr.update(visible=False))
+        shown = {**nothing, **self._show_result(None), **self.remove_run.shown(False), **self._offer(session)}
+        return {**shown, self.status: "", self.run: gr.update(choices=[], value=None, visible=False)}
+
     def _find(self, session: str, name: str) -> Run | None:
         run = Run(self._history.results(session), name or "")
         return run if run in runs(run.folder) else None
@@ -386,6 +439,7 @@ class Train:
             self.status: self._sentence(run, state, total, browser),
             self.stop: gr.update(visible=live),
             self.resume: gr.update(visible=state in ("stopped", "failed")),
+            **self.remove_run.shown(not live),
             self.loss: _plot(run.losses()),
             self.fidelity: _plot(run.fidelities()),
             self.samples: gr.update(value=str(samples) if samples else None, visible=samples is not None),
@@ -421,7 +475,7 @@ class Train:
     def _offer(self, session: str) -> Updates:
         """What a session may choose on other tabs: with what it has trained."""
         models = self._models.of(self._history.results(session))
-        return {dropdown: gr.update(choices=getattr(models, kind)) for kind, dropdown in self._dropdowns}
+        return {chooser: update for other in self._others for chooser, update in other.offer(models).items()}
 
     def enter(self, session: str, browser: gr.Request) -> Updates:
         """What a browser sees at first: the run that is at work, or the last one."""
@@ -472,7 +526,7 @@ def _component(name: str, field: Any) -> Any:
     shown: dict[str, Any] = {
         "label": name.replace("_", " "),
         "info": field.description,
-        "visible": _OF_TASK.get(name, _TASKS[0]) == _TASKS[0],
+        "visible": _TASKS[0] in _OF_TASK.get(name, _TASKS),
         "elem_id": f"tr-{name.replace('_', '-')}",
     }
     if kind is bool:
@@ -493,4 +547,4 @@ def _is_open(component: Any) -> bool:
 def _plot(points: list[tuple[int, str, float]]) -> Any:
     frame = pd.DataFrame(points, columns=["step", "measure", "value"])
     frame["measure"] = frame["measure"].str.replace("_", " ")
-    return gr.update(value=frame, visible=len(frame) > 0)
+    return gr.update(value=frame, visible=frame["step"].nunique() > 1)  # one point is no line

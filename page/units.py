@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,28 +11,15 @@ from PIL import Image
 from mahlstick import annotators
 from mahlstick.annotators import Option
 from mahlstick.errors import MahlstickError
-from mahlstick.page import canvas
+from mahlstick.page import canvas, parts
 from mahlstick.page.models import Choice, Models
+from mahlstick.page.parts import Updates, Values
 from mahlstick.page.texts import label
-from mahlstick.pictures import load_picture
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, open_mask, open_picture
-
-Values = Mapping[Any, Any]  # component -> what is on the screen
-Updates = dict[Any, Any]  # component -> what is to be there
 
 SLIDERS = 3  # of an annotator's options; the most that one has
 PREVIEW_SIDE = 768  # pixels
 _HIDDEN = {"model", "mask"}  # options that are not a person's at the page: where weights come from, and the unit's mask
-
-
-def slide(value: float, low: float, high: float) -> Any:
-    """A slider's update that also reaches values which its ends do not."""
-    return gr.update(value=value, minimum=min(low, value), maximum=max(high, value))
-
-
-def error_line() -> gr.HTML:
-    """A place for a sentence next to the fields that it is about; it takes none while it is empty."""
-    return gr.HTML("", elem_classes="sentence", padding=False)
 
 
 class UnitFault(MahlstickError):
@@ -62,10 +48,7 @@ class _Unit:
             self.remove = gr.Button(label("remove"), size="sm", variant="secondary", elem_classes="quiet", min_width=80)
 
     def _dose(self) -> None:
-        self.scale = gr.Slider(0, 2, 1.0, step=0.05, label=label("scale"), buttons=[])
-        with gr.Row():
-            self.start = gr.Slider(0, 1, 0.0, step=0.05, label=label("start"), min_width=120, buttons=[])
-            self.end = gr.Slider(0, 1, 1.0, step=0.05, label=label("end"), min_width=120, buttons=[])
+        self.scale, self.start, self.end = parts.dose()
 
     def _mask(self) -> None:
         self.masked = gr.Checkbox(False, label=label("masked"), container=False)
@@ -93,7 +76,7 @@ class _Unit:
 
     def _write_dose(self, spec: ControlSpec | ImagePromptSpec) -> Updates:
         scale = spec.scale if isinstance(spec.scale, float | int) else 1.0
-        return {self.scale: slide(scale, 0, 2), self.start: spec.start, self.end: spec.end}
+        return {self.scale: parts.slide(scale, 0, 2), self.start: spec.start, self.end: spec.end}
 
     def _hide(self) -> Updates:
         return {
@@ -101,7 +84,7 @@ class _Unit:
             self.shown: False,
             self.error: "",
             **self._usual,
-            self.scale: slide(1.0, 0, 2),
+            self.scale: parts.slide(1.0, 0, 2),
             **self._write_mask(None, None),
         }
 
@@ -118,24 +101,14 @@ class ControlUnit(_Unit):
         super().__init__(number, "control", models.nets, shown)
         with self.group:
             self._head()
-            self.error = error_line()
+            self.error = parts.error_line()
             self.picture = canvas.drawing(label("follow"), elem_id=f"control-{number}-picture")
             with gr.Row():
                 self.adapter = gr.Dropdown(models.nets, value=self.first, label=label("net"), min_width=140)
-                self.annotator = gr.Dropdown(
-                    annotator_choices(), value=_suiting(self.first), label=label("annotator"), min_width=140
-                )
+                self.annotator = parts.annotator(self.first)
             self._options()
-            self.seen = gr.Image(
-                label=label("seen"),
-                alt_text="what the control net sees",
-                interactive=False,
-                visible=False,
-                height=200,
-                buttons=[],
-                format="png",
-                elem_id=f"control-{number}-seen",
-            )
+            seen: dict[str, Any] = {"height": 200, "elem_classes": [], "elem_id": f"control-{number}-seen"}
+            self.seen = parts.picture("seen", alt_text="what the control net sees", **seen)
             self._dose()
             with gr.Row():
                 self.mode = gr.Dropdown(
@@ -175,7 +148,7 @@ class ControlUnit(_Unit):
 
     @property
     def _usual(self) -> Updates:
-        own = {self.annotator: _suiting(self.first), self.mode: "balanced", self.resize: "crop"}
+        own = {self.annotator: parts.suiting(self.first), self.mode: "balanced", self.resize: "crop"}
         return {**super()._usual, **own}
 
     def filled(self, values: Values) -> bool:
@@ -209,7 +182,7 @@ class ControlUnit(_Unit):
                 **self._hide(),
                 self.picture: None,
                 self.adapter: self.first,
-                **dict(zip(self.options, option_updates(_suiting(self.first)), strict=True)),
+                **dict(zip(self.options, option_updates(parts.suiting(self.first)), strict=True)),
                 self.seen: gr.update(value=None, visible=False),
             }
         picture = open_picture(spec.image, f"control {self.number + 1}", alpha=spec.annotator == "inpaint")
@@ -238,18 +211,6 @@ class ControlUnit(_Unit):
 
 
 _MODES = ("balanced", "prompt", "control", "guess")
-
-
-def annotator_choices() -> list[tuple[Any, str]]:
-    """Those that work at once come first."""
-    free = [name for name in annotators.names() if annotators.get(name).weights is None]
-    others = [name for name in annotators.names() if name not in free]
-    return [(label("no_annotator"), ""), *((name, name) for name in free), *((f"{name} ↓", name) for name in others)]
-
-
-def _suiting(net: str | None) -> str:
-    """The annotator of the same name as the net, where there is one."""
-    return net if net in annotators.names() else ""
 
 
 def _shown_options(annotator: str | None) -> tuple[list[Option], Option | None, Option | None]:
@@ -307,17 +268,15 @@ class ImagePromptUnit(_Unit):
         super().__init__(number, "image-prompt", models.image_prompts, shown)
         with self.group:
             self._head()
-            self.error = error_line()
-            self.pictures = gr.Gallery(
-                label=label("references"),
-                type="filepath",
-                format="png",
-                columns=4,
-                height=180,
-                interactive=True,
-                object_fit="contain",
-                buttons=[],
-                elem_id=f"image-prompt-{number}-pictures",
+            self.error = parts.error_line()
+            self.pictures = canvas.strip(label("references"), elem_id=f"image-prompt-{number}-pictures")
+            self.library = models.library
+            self.search = gr.Textbox(
+                label=label("found_by"),
+                placeholder=label("found_by_hint"),
+                max_lines=1,
+                visible=self.library is not None,
+                elem_id=f"image-prompt-{number}-search",
             )
             with gr.Row():
                 self.adapter = gr.Dropdown(
@@ -330,21 +289,13 @@ class ImagePromptUnit(_Unit):
                     min_width=140,
                 )
             self._dose()
-            self.negative = gr.Image(
-                label=label("unlike"),
-                type="filepath",
-                format="png",
-                sources=["upload", "clipboard"],
-                height=140,
-                buttons=[],
-                elem_id=f"image-prompt-{number}-unlike",
-            )
+            self.negative = canvas.strip(label("unlike"), several=False, elem_id=f"image-prompt-{number}-unlike")
             self._mask()
 
     @property
     def fields(self) -> list[Any]:
         dose = [self.scale, self.start, self.end, self.masked, self.mask]
-        return [self.shown, self.pictures, self.adapter, self.blocks, self.negative, *dose]
+        return [self.shown, self.pictures, self.search, self.adapter, self.blocks, self.negative, *dose]
 
     @property
     def outputs(self) -> list[Any]:
@@ -355,17 +306,23 @@ class ImagePromptUnit(_Unit):
         return {**super()._usual, self.blocks: "all"}
 
     def filled(self, values: Values) -> bool:
-        return bool(values[self.shown] and values[self.pictures])
+        return bool(values[self.shown] and (values[self.pictures] or self._words(values)))
+
+    def _words(self, values: Values) -> str:
+        return (values[self.search] or "").strip()
 
     def read(self, values: Values) -> ImagePromptSpec | None:
         """None where there is no picture. Raises :class:`MahlstickError` where a file is none."""
         if not self.filled(values):
             return None
+        words = self._words(values)
         return ImagePromptSpec(
             adapter=values[self.adapter] or "",
-            images=[_uploaded(path) for path, _ in values[self.pictures]],
+            search=words or None,
+            library=str(self.library) if words else None,
+            images=canvas.pictures(values[self.pictures]),
             blocks=values[self.blocks],
-            negative=_uploaded(values[self.negative]) if values[self.negative] else None,
+            negative=next(iter(canvas.pictures(values[self.negative])), None),
             mask=self._read_mask(values),
             **self._read_dose(values),
         )
@@ -373,23 +330,18 @@ class ImagePromptUnit(_Unit):
     def write(self, spec: ImagePromptSpec | None) -> Updates:
         """Shows the spec; None hides the unit and clears it."""
         if spec is None:
-            return {**self._hide(), self.pictures: None, self.adapter: self.first, self.negative: None}
+            empty = {self.pictures: None, self.search: "", self.negative: None}
+            return {**self._hide(), **empty, self.adapter: self.first}
         mask = open_mask(spec.mask, "mask") if spec.mask is not None else None
+        unlike = [spec.negative] if spec.negative is not None else []
         return {
             self.group: gr.update(visible=True),
             self.shown: True,
-            self.pictures: [open_picture(picture, "reference") for picture in spec.images],
+            self.pictures: canvas.strip_value([open_picture(picture, "reference") for picture in spec.images]),
+            self.search: "",
             self.adapter: spec.adapter,
             self.blocks: spec.blocks if isinstance(spec.blocks, str) else "all",
-            self.negative: open_picture(spec.negative, "negative") if spec.negative is not None else None,
+            self.negative: canvas.strip_value([open_picture(each, "negative") for each in unlike]),
             **self._write_dose(spec),
             **self._write_mask(None, mask),
         }
-
-
-def _uploaded(path: str) -> Image.Image:
-    """A picture that the browser sent. What the server calls the file is no news to a person."""
-    try:
-        return load_picture(path)
-    except MahlstickError as error:
-        raise MahlstickError(f"{Path(path).name} is no picture; give a PNG, JPEG or WebP") from error

@@ -15,16 +15,14 @@ from mahlstick.adapters import formats
 from mahlstick.adapters.formats import Info
 from mahlstick.adapters.formats.bases import BASE_NAMES, base_of
 from mahlstick.errors import MahlstickError
-from mahlstick.page import status
+from mahlstick.page import parts, status
 from mahlstick.page.history import History
 from mahlstick.page.models import Models, trained, weights
+from mahlstick.page.parts import QUIET, Updates
 from mahlstick.page.sentences import translated
 from mahlstick.page.texts import label, say
-from mahlstick.page.units import Updates, error_line
 from mahlstick.pipelines.load import embedded_adapters, read_json, unet_config
 from mahlstick.pipelines.recipe import read_recipe
-
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
 # kind -> the line for a shell and that for Python, with the file's path and, for workflows, its name
 _USES = {
@@ -57,22 +55,20 @@ class Inspect:
     def __init__(self, models: Models, history: History, session: gr.BrowserState, model: gr.Dropdown) -> None:
         """``model`` is where the base is chosen that a file may fit."""
         self._models, self._history = models, history
-        with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=5, min_width=320, elem_classes="left"):
-                self.drop = gr.File(label=label("in_drop"), height=64, elem_id="in-drop", elem_classes="drop-line")
-                self.chosen = gr.Dropdown(
-                    list(self._files("")), value=None, label=label("in_choose"), elem_id="in-choose"
-                )
-                if models.folder is None:
-                    gr.Markdown(label("in_large"), elem_classes="hint")
-                self.error = error_line()
-            with gr.Column(scale=6, min_width=320, elem_classes="right"):
-                gr.Markdown(label("in_empty"), elem_id="in-empty", elem_classes="teach")
-                self.facts = gr.HTML("", elem_id="in-facts", padding=False)
-                self.lines = [code_line("shell"), code_line("python")]
+        left, right = parts.columns()
+        with left:
+            self.drop = parts.drop_line("in_drop", "in-drop")
+            self.chosen = gr.Dropdown(list(self._files("")), value=None, label=label("in_choose"), elem_id="in-choose")
+            if models.folder is None:
+                gr.Markdown(label("in_large"), elem_classes="hint")
+            self.error = parts.error_line()
+        with right:
+            parts.invitation("in_empty", "in-empty")
+            self.facts = gr.HTML("", elem_id="in-facts", padding=False)
+            self.lines = [parts.code_line("shell"), parts.code_line("python")]
         outputs = [self.error, self.facts, *self.lines]
-        self.drop.upload(self._inspect_drop, [self.drop, model], [*outputs, self.drop, self.chosen], **_QUIET)
-        self.chosen.input(self._inspect_chosen, [self.chosen, session, model], outputs, **_QUIET)
+        self.drop.upload(self._inspect_drop, [self.drop, model], [*outputs, self.drop, self.chosen], **QUIET)
+        self.chosen.input(self._inspect_chosen, [self.chosen, session, model], outputs, **QUIET)
 
     def _files(self, session: str) -> dict[str, Path]:
         """What may be looked at by its name: what comes with mahlstick, the folder's files, and what was trained."""
@@ -113,19 +109,6 @@ class Inspect:
 
     def _refused(self, sentence: str) -> Updates:
         return {self.error: status.error(sentence), self.facts: "", **{line: _line("") for line in self.lines}}
-
-
-def code_line(key: str) -> gr.Code:
-    """A place for a line to copy, hidden until there is one."""
-    return gr.Code(
-        label=label(key),
-        language=None,  # whose colours are hard to read
-        lines=1,
-        interactive=False,
-        show_line_numbers=False,
-        wrap_lines=True,
-        visible=False,
-    )
 
 
 def look(path: Path) -> Info:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import html
-import logging
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,17 @@ from typing import Any
 import gradio as gr
 
 from mahlstick.errors import MahlstickError
+from mahlstick.nodes.files import whole
 from mahlstick.nodes.folders import Folders, inside, using
-from mahlstick.page import canvas, forms, status
+from mahlstick.page import canvas, forms, parts, status
+from mahlstick.page.endpoints import answer, endpoint
+from mahlstick.page.faults import named, sentence
 from mahlstick.page.forms import Entry, Group
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Cancelled, Job, Jobs, Work
+from mahlstick.page.jobs import Job, Jobs, Work
+from mahlstick.page.making import Begun, Maker
+from mahlstick.page.parts import QUIET, Updates, Values
 from mahlstick.page.texts import label, say
-from mahlstick.page.units import Updates, Values, error_line
 from mahlstick.pictures import load_picture, save_png
 from mahlstick.pipelines.load import embedded_folder
 from mahlstick.pipelines.request import open_picture
@@ -33,8 +35,6 @@ SHOWN = 24  # results
 _DROPPED = [".json", ".png", ".webp"]
 _LOADED = ["image", "video", "audio", ".latent"]
 _IN_GALLERY = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".webm"}
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-_log = logging.getLogger(__name__)
 
 
 class Workflows:
@@ -44,60 +44,43 @@ class Workflows:
         """``models`` is a folder laid out as ComfyUI's, where workflows find models beside the embedded ones."""
         self._models, self._jobs, self._history, self._session = models, jobs, history, session
         self.workflow = gr.State(None)  # {"api", "name", "turn"}, which is another each time the form is to be new
-        with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=5, min_width=320, elem_classes="left"):
-                self._lay_sources()
-            with gr.Column(scale=6, min_width=320, elem_classes="right"):
-                self._lay_result()
-        gr.on([self.workflow.change], self._note_missing, [self.workflow, session], [self.error], **_QUIET)
-        self.drop.upload(self._take_drop, [self.drop, self.workflow], [*self._opened, self.drop], **_QUIET)
-        self.example.input(self._take_example, [self.example, session, self.workflow], self._opened, **_QUIET)
+        left, right = parts.columns()
+        with left:
+            self._lay_sources()
+        with right:
+            self._lay_result()
+        gr.on([self.workflow.change], self._note_missing, [self.workflow, session], [self.error], **QUIET)
+        self.drop.upload(self._take_drop, [self.drop, self.workflow], [*self._opened, self.drop], **QUIET)
+        self.example.input(self._take_example, [self.example, session, self.workflow], self._opened, **QUIET)
         opened = [self.workflow, self.files, self.files_error]
-        self.files.upload(self._take_files, [self.files, session, self.workflow], opened, **_QUIET)
+        self.files.upload(self._take_files, [self.files, session, self.workflow], opened, **QUIET)
 
     # What is on the screen.
 
     def _lay_sources(self) -> None:
-        self.drop = gr.File(
-            label=label("wf_drop"), file_types=_DROPPED, height=64, elem_id="wf-drop", elem_classes="drop-line"
-        )
+        self.drop = parts.drop_line("wf_drop", "wf-drop", file_types=_DROPPED)
         self.example = gr.Dropdown(
             [(name.replace("_", " "), name) for name in examples()],
             value=None,
             label=label("wf_example"),
             elem_id="wf-example",
         )
-        self.error = error_line()
+        self.error = parts.error_line()
         form = gr.Column(elem_id="wf-form")
         with gr.Accordion(label("wf_files"), open=False, elem_id="wf-files"):
-            self.files = gr.File(
-                label=label("wf_files_hint"),
-                file_types=_LOADED,
-                file_count="multiple",
-                height=64,
-                elem_classes="drop-line",
-            )
-            self.files_error = error_line()
+            self.files = parts.drop_line("wf_files_hint", "wf-files-drop", file_types=_LOADED, file_count="multiple")
+            self.files_error = parts.error_line()
         with form:
             gr.render([self.workflow, self._session], [self.workflow.change], show_progress="hidden")(self._lay_form)
 
     def _lay_result(self) -> None:
-        self.status = gr.HTML("", elem_id="wf-status", padding=False)
-        gr.Markdown(label("wf_empty"), elem_id="wf-empty", elem_classes="teach")
-        self.gallery = gr.Gallery(
-            label=label("result"),
-            columns=4,
-            height=460,
-            object_fit="contain",
-            preview=True,
-            interactive=False,
-            buttons=["download", "fullscreen"],
-            elem_id="wf-gallery",
-        )
+        self.status = parts.status_line("wf-status")
+        parts.invitation("wf_empty", "wf-empty")
+        self.gallery = parts.gallery("result", "wf-gallery", visible=True)
         self.others = gr.File(label=label("wf_others"), file_count="multiple", interactive=False, visible=False)
         with gr.Accordion(label("wf_code"), open=False, elem_id="wf-code"):
             self.write = gr.Button(label("wf_write"), size="sm", elem_id="wf-write")
-            self.code_error = error_line()
+            self.code_error = parts.error_line()
             self.written = gr.File(
                 label=label("wf_written"), file_count="multiple", interactive=False, visible=False, elem_id="wf-written"
             )
@@ -111,14 +94,12 @@ class Workflows:
         """The form of a workflow's inputs, and all that uses them."""
         if workflow is None or session is None:
             return
-        form = _Form(lambda name: self._picture(session, name))
+        form = _Form(self, session)
         first, rest = forms.groups(workflow["api"], self._nodes)
         texts = [group for group in first if group.entries[0].is_long]
         for group in texts:
             form.lay(group)
-        with gr.Row(elem_classes="actions"):
-            run = gr.Button(label("wf_run"), variant="primary", elem_id="wf-run", scale=3, min_width=160)
-            cancel = gr.Button(label("cancel"), variant="stop", elem_id="wf-cancel", scale=1, min_width=100)
+        form.run, form.cancel = parts.actions("wf_run", "wf-run", "wf-cancel", working=True)
         with gr.Column(elem_classes="wf-late"):
             for group in first[len(texts) :]:
                 form.lay(group)
@@ -126,13 +107,11 @@ class Workflows:
                 with gr.Accordion(label("wf_more"), open=not first):
                     for group in rest:
                         form.lay(group)
-        everything = {*form.components.values(), self.workflow, self._session}
-        lines = [*form.errors.values(), self.error, self.code_error]
-        run.click(self._running(form), everything, [self.status, self.gallery, self.others, *lines], **_QUIET)
-        cancel.click(lambda session: self._jobs.cancel(_owner(session)), [self._session], None, queue=False, **_QUIET)
-        self.write.click(self._writing(form), everything, [self.written, *lines], **_QUIET)
+        entered = [*form.components.values(), self.workflow]
+        form.wire_run(entered)
+        self.write.click(self._writing(form), {*entered, self._session}, [self.written, *form.errors], **QUIET)
 
-    def _picture(self, session: str, name: str) -> Any:
+    def picture(self, session: str, name: str) -> Any:
         """A picture of the session's input folder on a canvas, or an empty one."""
         path = self._path(session, name)
         return canvas.value(load_picture(path, alpha=True)) if path is not None else None
@@ -177,7 +156,12 @@ class Workflows:
         path = self._where(session).input / name
         return name if path.is_file() else save_png(picture, path).name
 
-    def _changed(self, form: _Form, values: Values) -> Any:
+    def _keep_file(self, session: str, path: Path) -> None:
+        """Puts a file into the input folder under its own name, whole: a workflow may be reading the one before."""
+        with whole(inside(self._where(session).input, path.name)) as unfinished:
+            shutil.copyfile(path, unfinished)
+
+    def changed(self, form: _Form, values: Values) -> Any:
         """The workflow with what is on the screen."""
         api = {node: {**step, "inputs": dict(step["inputs"])} for node, step in values[self.workflow]["api"].items()}
         for place, entry in form.entries.items():
@@ -198,18 +182,16 @@ class Workflows:
                 raise MahlstickError(say("wf_kinds", browser))
             api = read(Path(path), self._nodes)
         except MahlstickError as error:
-            return {self.error: status.error(str(error).replace(path, Path(path).name)), self.drop: None}
+            return {self.error: named(error, path, browser), self.drop: None}
         return {**self._open(api, Path(path).stem, before), self.drop: None}
 
     def _take_example(self, name: str, session: str, before: dict[str, Any] | None) -> Updates:
         from mahlstick.nodes.comfy.ui import read
 
         api = read(examples()[name], self._nodes)
-        input_folder = self._where(session).input
-        input_folder.mkdir(parents=True, exist_ok=True)
         for picture in (embedded_folder().parent / "examples").glob("*.png"):
             if any(picture.name in step["inputs"].values() for step in api.values()):
-                shutil.copyfile(picture, input_folder / picture.name)
+                self._keep_file(session, picture)
         return self._open(api, name, before)
 
     def _open(self, api: Any, name: str, before: dict[str, Any] | None) -> Updates:
@@ -225,8 +207,7 @@ class Workflows:
         api = workflow["api"]
         if names := forms.unknown(api, self._nodes):
             return status.error(say("wf_unknown", browser, names=", ".join(names)))
-        with using(self._where(session)):
-            fault = forms.faults(api, self._nodes)
+        fault = self.fault(api, session)
         if fault is None:
             return ""
         names = forms.absent_files(api, fault)
@@ -234,67 +215,38 @@ class Workflows:
 
     def _take_files(self, paths: list[str], session: str, workflow: dict[str, Any] | None) -> Updates:
         """Puts files where workflows look for them, under their own names."""
-        folder = self._where(session).input
-        folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            shutil.copyfile(path, inside(folder, Path(path).name))
+            self._keep_file(session, Path(path))
         again = {self.workflow: {**workflow, "turn": workflow["turn"] + 1}} if workflow else {}
         return {**again, self.files: None, self.files_error: ""}
 
-    def _running(self, form: _Form) -> Callable[..., AsyncIterator[Updates]]:
-        async def run(values: Values, browser: gr.Request) -> AsyncIterator[Updates]:
-            session, name = values[self._session], values[self.workflow]["name"]
-            clear = {line: "" for line in (*form.errors.values(), self.error, self.code_error)}
-            yield {**clear, self.status: status.bar(say("loading", browser))}
-            job = None
-            try:
-                api = await asyncio.to_thread(self._changed, form, values)
-                fault = await asyncio.to_thread(self._fault, api, session)
-                if fault is not None:
-                    yield {self.status: "", **self._complain(api, fault, form)}
-                    return
-                progress = Progress(api, self._nodes)
-                job = self._jobs.submit(self._work(api, self._where(session), progress), _owner(session))
-                async for shown in self._watch(job, progress, browser):
-                    yield {self.status: shown}
-                files, words = job.future.result()
-                _log.info("the workflow %s gave %d files", name, len(files))
-                yield {self.status: status.note(words) if words else "", **self._results(session, files)}
-            except Cancelled:
-                yield {self.status: status.note(say("cancelled", browser))}
-            except Exception as error:
-                yield {self.status: "", self.error: status.error(self._sentence(error, session, browser))}
-            finally:
-                if job is not None and not job.future.done():  # the person has gone
-                    job.cancel()
-
-        return run
-
-    def _fault(self, api: Any, session: str) -> Any:
+    def fault(self, api: Any, session: str) -> Any:
+        """Why the workflow will not run, if it will not."""
         with using(self._where(session)):
             return forms.faults(api, self._nodes)
 
-    def _complain(self, api: Any, fault: Any, form: _Form) -> Updates:
-        """What is wrong, beside the node that it is about."""
-        said = forms.complaints(api, fault)
-        beside: Updates = {form.errors[node]: status.error(each) for node, each in said.items() if node in form.errors}
-        return beside or {self.error: status.error(str(fault))}
+    def begun(self, api: Any, session: str) -> Begun:
+        """The work that runs a workflow."""
+        progress = Progress(api, self._nodes)
+        return Begun(self._work(api, self._where(session), progress), shown=progress.shown)
 
-    def _sentence(self, error: Exception, session: str, browser: gr.Request) -> str:
+    def sentence(self, error: Exception, session: str, browser: gr.Request) -> str:
+        """An error's, without the folders of the session."""
         if isinstance(error, MahlstickError):
-            return str(error).replace(f"{self._history.folder(session)}/workflows/", "")
-        _log.exception("a workflow failed", exc_info=error)
-        return say("failed", browser, reason=type(error).__name__)
+            error = MahlstickError(str(error).replace(f"{self._history.folder(session)}/workflows/", ""))
+        return sentence(error, browser)
 
     def _work(self, api: Any, where: Folders, progress: Progress) -> Work:
         """The work that runs a workflow, and returns the files that it saved and the words that it showed."""
 
         def work(job: Job, loader: Any, **device: Any) -> tuple[list[Path], str]:
             from mahlstick.nodes import runner
+            from mahlstick.nodes.builtin import loaders
 
             progress.job = job
             try:
-                outcome = runner.run(api, nodes=self._nodes, where=where, cache=self._cache, listen=progress)
+                with loaders.using(loaders.Keeping(loader, **device)):  # which has the bases of other tabs
+                    outcome = runner.run(api, nodes=self._nodes, where=where, cache=self._cache, listen=progress)
             except Exception:
                 job.tell(job.step, job.total)  # a node's failure may be that it was cancelled
                 raise
@@ -303,18 +255,7 @@ class Workflows:
 
         return work
 
-    async def _watch(self, job: Job, progress: Progress, browser: gr.Request) -> AsyncIterator[str]:
-        """Where a run stands, whenever that has changed, until it is done."""
-        before = ""
-        while not job.future.done():
-            ahead = self._jobs.ahead(job)
-            shown = status.waiting(self._jobs, ahead, browser) if ahead else progress.shown(browser)
-            if shown != before:
-                yield shown
-            before = shown
-            await asyncio.sleep(status.REFRESH)
-
-    def _results(self, session: str, files: list[Path]) -> Updates:
+    def results(self, session: str, files: list[Path]) -> Updates:
         """What was made, before what the session's workflows made until now."""
         output = self._where(session).output
         found = sorted(output.rglob("*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
@@ -332,38 +273,33 @@ class Workflows:
             session, name = values[self._session], values[self.workflow]["name"]
             folder = self._history.folder(session) / "workflows" / "code" / secrets.token_hex(4)
             try:
-                api = self._changed(form, values)
+                api = self.changed(form, values)
                 targets = [(f"{name}.json", "ui"), (f"{name}-api.json", "api"), (f"{name}.py", "api")]
                 paths = [runner.write(api, folder / file, form, self._nodes) for file, form in targets]  # type: ignore[arg-type]
             except MahlstickError as error:
-                return {self.code_error: status.error(self._sentence(error, session, browser))}
+                return {self.code_error: status.error(self.sentence(error, session, browser))}
             return {self.written: gr.update(value=[str(path) for path in paths], visible=True), self.code_error: ""}
 
         return write
 
-    async def run_workflow(self, workflow: dict[str, Any], changes: dict[str, Any]) -> list[str]:
+    @endpoint
+    async def run_workflow(self, workflow: dict[str, Any], changes: dict[str, Any] | None) -> list[str]:
         """Runs a workflow and returns the files that it saved.
 
         ``workflow`` is JSON in either of ComfyUI's forms, not the name of a file. ``changes`` are values of inputs by
-        "title.input" or "id.input", as ``mahlstick run --set`` takes them; pictures are ``data:`` URLs.
+        "title.input" or "id.input", as ``mahlstick run --set`` takes them, or null; pictures are ``data:`` URLs.
         """
         from mahlstick.nodes import runner
 
         session = History.new_session()
-        try:
-            if not isinstance(workflow, dict):  # it would be taken for a file of this machine, and a script be run
-                raise MahlstickError("workflow: is no JSON object; give the JSON itself, as ComfyUI saved it")
-            kept = {place: self._from_outside(session, value) for place, value in changes.items()}
-            api = runner.with_changes(runner.load(workflow, self._nodes), kept, self._nodes)
-            progress = Progress(api, self._nodes)
-            job = self._jobs.submit(self._work(api, self._where(session), progress))
-            try:
-                files, _ = await asyncio.wrap_future(job.future)
-                return [str(path) for path in files]
-            finally:
-                job.cancel()
-        except MahlstickError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        if not isinstance(workflow, dict):  # it would be taken for a file of this machine, and a script be run
+            raise MahlstickError("workflow: is no JSON object; give the JSON itself, as ComfyUI saved it")
+        if not isinstance(changes, dict | None):
+            raise MahlstickError('changes: are no JSON object; give values by "title.input", or null')
+        kept = {place: self._from_outside(session, value) for place, value in (changes or {}).items()}
+        api = runner.with_changes(runner.load(workflow, self._nodes), kept, self._nodes)
+        files, _ = await answer(self._jobs, self.begun(api, session).work)
+        return [str(path) for path in files]
 
     def _from_outside(self, session: str, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("data:image/"):
@@ -372,22 +308,50 @@ class Workflows:
 
     def enter(self, session: str) -> Updates:
         """What a browser sees at first: what its session's workflows made."""
-        return self._results(session, [])
+        return self.results(session, [])
 
     @property
     def entered(self) -> list[Any]:
         return [self.gallery, self.others]
 
 
-class _Form:
-    """The components for the entries of a workflow, by ``node.input``."""
+class _Form(Maker):
+    """The components for the entries of a workflow, by ``node.input``, and what runs it."""
 
-    def __init__(self, picture: Callable[[str], Any]) -> None:
-        self._picture = picture  # by its name in the workflow, as a canvas shows it
+    kind = "workflows"
+
+    def __init__(self, tab: Workflows, session: str) -> None:
+        super().__init__(tab._jobs, tab._history, tab._session)
+        self._tab, self._of = tab, session
+        self.status = tab.status
         self.entries: dict[str, Entry] = {}
         self.components: dict[str, Any] = {}
         self.shown: dict[str, Any] = {}
-        self.errors: dict[str, gr.HTML] = {}
+        self.lines: dict[str, gr.HTML] = {}  # by node
+
+    @property
+    def errors(self) -> list[gr.HTML]:
+        return [*self.lines.values(), self._tab.error, self._tab.code_error]
+
+    @property
+    def result(self) -> list[Any]:
+        return self._tab.entered
+
+    def begin(self, values: Values, session: str, browser: gr.Request) -> Begun:
+        api = self._tab.changed(self, values)
+        if (fault := self._tab.fault(api, session)) is not None:
+            raise _Refused(str(fault), forms.complaints(api, fault))
+        return self._tab.begun(api, session)
+
+    def made(self, found: tuple[list[Path], str], values: Values, session: str, browser: gr.Request) -> Updates:
+        files, words = found
+        return {self.status: status.note(words) if words else "", **self._tab.results(session, files)}
+
+    def complain(self, error: Exception, values: Values, browser: gr.Request) -> Updates:
+        said = error.complaints.items() if isinstance(error, _Refused) else ()
+        beside: Updates = {self.lines[node]: status.error(each) for node, each in said if node in self.lines}
+        told = status.error(self._tab.sentence(error, values[self._session], browser))
+        return beside or {self._tab.error: told}
 
     def lay(self, group: Group) -> None:
         """The entries of a node: large ones below each other, small ones side by side."""
@@ -397,7 +361,7 @@ class _Form:
         with gr.Column(elem_classes="wf-node"):
             if not alone:
                 gr.HTML(f"<h3>{html.escape(group.title)}</h3>", padding=False)
-            self.errors.setdefault(group.node, error_line())
+            self.lines.setdefault(group.node, parts.error_line())
             for entry in large:
                 self._add(entry, group.title if alone else _words(entry.name))
             if small:
@@ -415,7 +379,7 @@ class _Form:
         value = entry.value
         if entry.kind == "picture":
             drawing = canvas.drawing(label("wf_picture"))
-            drawing.value = self._picture(value) if isinstance(value, str) else None
+            drawing.value = self._tab.picture(self._of, value) if isinstance(value, str) else None
             return drawing, drawing.value
         if entry.kind == "choice":
             choices = list(entry.input.choices or ())
@@ -439,8 +403,16 @@ class _Form:
         with gr.Row(elem_classes="wf-seed"):
             number = gr.Number(shown, min_width=110, **fields)
             dice = gr.Button(label("dice"), size="sm", min_width=80, scale=0)
-        dice.click(lambda: secrets.randbelow(2**32), None, number, **_QUIET)
+        dice.click(lambda: secrets.randbelow(2**32), None, number, **QUIET)
         return number, shown
+
+
+class _Refused(MahlstickError):
+    """A workflow that will not run, and what is wrong with each node."""
+
+    def __init__(self, sentence: str, complaints: dict[str, str]) -> None:
+        super().__init__(sentence)
+        self.complaints = complaints
 
 
 class Progress:
@@ -464,25 +436,20 @@ class Progress:
             self._steps = data["value"], data["max"]
         self.job.tell(min(self._done, len(self._names)), len(self._names), data.get("image"))
 
-    def shown(self, browser: gr.Request | None) -> str:
+    def shown(self, job: Job, browser: gr.Request | None) -> str:
         """Where the run stands: the node, and its step."""
-        if self.job is None or not self._node:
+        if not self._node:
             return status.bar(say("loading", browser))
         total, (step, steps) = len(self._names), self._steps
         name = self._names.get(self._node, self._node)
         sentence = say("wf_node", browser, node=name, number=min(self._done + 1, total), total=total)
         sentence += f" · {say('painting', browser, step=step, total=steps)}" if steps else ""
-        return status.bar(sentence, min(1.0, (self._done + (step / steps if steps else 0)) / total), self.job.preview)
+        return status.bar(sentence, min(1.0, (self._done + (step / steps if steps else 0)) / total), job.preview)
 
 
 def examples() -> dict[str, Path]:
     """The workflows that come with mahlstick, by name."""
     return {path.stem: path for path in sorted((embedded_folder().parent / "workflows").glob("*.json"))}
-
-
-def _owner(session: str) -> str:
-    """Of this tab's jobs, which other tabs do not cancel."""
-    return f"{session}/workflows"
 
 
 def _words(name: str) -> str:

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,9 +21,43 @@ _INK, _PAPER, _FRAME = "#222222", "#ffffff", "#d5d5d5"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-@lru_cache(maxsize=8)
-def _font(size: int) -> Font:
-    return ImageFont.load_default(size)
+# With Chinese letters, by their files' names on Linux, Windows and macOS; Pillow looks where systems keep fonts.
+_SYSTEM_FONTS = (
+    "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc",
+    "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "msyh.ttc", "simsun.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc",
+    "STHeiti Light.ttc", "Arial Unicode.ttf",
+)  # fmt: skip
+_NO_LETTER = "\uffff"
+
+
+def _font(size: int, text: str) -> Font:
+    """Pillow's own, or the system's that has the most letters of a text."""
+    own, letters = _loaded(None, size), set(text)
+    if all(_has(own, letter) for letter in letters):
+        return own
+    found = [font for name in _SYSTEM_FONTS if (font := _loaded(name, size)) is not None]
+    return max([own, *found], key=lambda font: sum(_has(font, letter) for letter in letters))
+
+
+@lru_cache(maxsize=64)
+def _loaded(name: str | None, size: int) -> Any:
+    """None where the system has no such font."""
+    try:
+        return ImageFont.load_default(size) if name is None else ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _has(font: Font, letter: str) -> bool:
+    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))
+
+
+def _drawable(text: str, font: Font) -> str:
+    """The text with a code, such as \\u72d0, in place of each letter that the font lacks."""
+    return "".join(
+        letter if _has(font, letter) else letter.encode("ascii", "backslashreplace").decode() for letter in text
+    )
 
 
 def contact_sheet(
@@ -39,9 +74,9 @@ def contact_sheet(
     """
     width, height = (cell, cell) if isinstance(cell, int) else cell
     text = max(_TEXT, min(width, height) // 16)
-    font = _font(text)
+    font = _font(text, "".join([*columns, *(label for label, _ in rows)]))
     label_width = _LABEL * text // _TEXT if any(label for label, _ in rows) else 0
-    heads = [_wrapped(title, font, width) for title in columns]
+    heads = [_wrapped(_drawable(title, font), font, width) for title in columns]
     lines = max((head.count("\n") + 1 for head in heads), default=1)
     header = 34 * text // _TEXT + (lines - 1) * _line(text)
     step = width + _MARGIN
@@ -56,7 +91,7 @@ def contact_sheet(
         )
     for i, (label, pictures) in enumerate(rows):
         top = header + i * (height + _MARGIN)
-        shown = _wrapped(label, font, label_width - _MARGIN)
+        shown = _wrapped(_drawable(label, font), font, label_width - _MARGIN)
         draw.multiline_text((_MARGIN, top + height // 2), shown, _INK, font, anchor="lm", spacing=_line(text) - text)
         for j, picture in enumerate(pictures):
             if picture is not None:

@@ -12,6 +12,7 @@ from PIL import Image
 import mahlstick as ms
 from benchmarks import tiny
 from mahlstick.errors import MahlstickError
+from mahlstick.pipelines import sheet as sheets
 from mahlstick.pipelines.compare import Axis, cells, grid, read_grid
 from mahlstick.pipelines.recipe import read_recipe
 from mahlstick.pipelines.sheet import contact_sheet, strip
@@ -201,6 +202,20 @@ def test_long_labels_stay_above_their_pictures() -> None:
         sheet = contact_sheet([label, ""], [("", [white, None])], cell)
         assert ink(sheet, 12, 112) and not ink(sheet, 113, sheet.width), label
     assert contact_sheet(["a"], [("b", [white])], cell).height == 34 + 112 + 12, "one line takes no more than before"
+
+
+def test_labels_are_drawn_in_letters_that_a_font_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    white = Image.new("RGB", (160, 160), "white")
+
+    def drawn(label: str) -> bytes:
+        return contact_sheet([label], [("", [white])], 160).tobytes()
+
+    own = drawn("fox")
+    if any(sheets._loaded(name, 15) for name in sheets._SYSTEM_FONTS):
+        assert drawn("狐狸") not in (drawn("\\u72d0\\u72f8"), drawn("猫狗"))
+        assert drawn("fox") == own, "which needs no other font"
+    monkeypatch.setattr(sheets, "_SYSTEM_FONTS", ())
+    assert drawn("狐狸") == drawn("\\u72d0\\u72f8") != drawn("猫狗")
 
 
 def test_a_strip_has_every_frame() -> None:

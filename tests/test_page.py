@@ -55,24 +55,16 @@ def jobs():
     found.close()
 
 
-def on_the_screen(create: Create, updates: dict, folder) -> dict:
+def on_the_screen(create: Create, updates: dict) -> dict:
     """What the server is told after the browser has shown the updates."""
     values = {field: field.value for field in create.fields}
     for field, update in updates.items():
         is_update = isinstance(update, dict) and update.get("__type__") == "update"
         values[field] = update.get("value", values.get(field)) if is_update else update
-    for unit in create.image_prompts:
-        paths = [folder / f"{unit.number}-{i}.png" for i, _ in enumerate(values[unit.pictures] or [])]
-        for path, picture in zip(paths, values[unit.pictures] or [], strict=True):
-            picture.save(path)
-        values[unit.pictures] = [(str(path), None) for path in paths]
-        if values[unit.negative] is not None:
-            values[unit.negative].save(folder / "negative.png")
-            values[unit.negative] = str(folder / "negative.png")
     return values
 
 
-def test_every_setting_comes_back(page, tmp_path):
+def test_every_setting_comes_back(page):
     photo = Image.open(REFERENCE).convert("RGB")
     request = Request(
         prompt="a (red:1.2) penguin",
@@ -103,7 +95,7 @@ def test_every_setting_comes_back(page, tmp_path):
             {"images": [photo], "mask": PAINTED},
         ],
     )
-    values = on_the_screen(page.create, page.create.write(request), tmp_path)
+    values = on_the_screen(page.create, page.create.write(request))
     read = page.create.read(values)
     assert read.model_dump(mode="json", exclude={"controls", "mask"}) == request.model_dump(
         mode="json", exclude={"controls", "mask"}
@@ -148,6 +140,9 @@ def test_what_is_no_picture_of_a_canvas_is_refused():
     ):
         with pytest.raises(MahlstickError, match=sentence):
             canvas.flattened(value)
+        if value["picture"]:
+            with pytest.raises(MahlstickError, match=sentence):
+                canvas.pictures([value["picture"]])
 
 
 def test_a_unit_without_a_picture_is_not_there_and_says_so_where_something_was_set(page):
@@ -158,7 +153,10 @@ def test_a_unit_without_a_picture_is_not_there_and_says_so_where_something_was_s
     values |= {control.adapter: "another", control.scale: 0.5, reference.blocks: "style"}
     assert control.is_idle(values) and reference.is_idle(values)
     assert create.read(values).controls == create.read(values).image_prompts == []
-    values |= {control.picture: canvas.value(Image.open(REFERENCE)), reference.pictures: [(str(REFERENCE), None)]}
+    values |= {
+        control.picture: canvas.value(Image.open(REFERENCE)),
+        reference.pictures: canvas.strip_value([Image.open(REFERENCE)]),
+    }
     assert not control.is_idle(values) and not reference.is_idle(values)
     assert create.read(values).controls[0].scale == 0.5
 
@@ -175,6 +173,44 @@ def test_a_removed_unit_comes_back_as_new(page):
 
 def _value(update):
     return update.get("value") if isinstance(update, dict) and "__type__" in update else update
+
+
+def test_a_run_changes_only_what_its_event_names(page):
+    create = page.create
+    named = next(event.outputs for event in page.fns.values() if (create.run._id, "click") in event.targets)
+
+    async def changed(values):
+        return {component async for updates in create.make(values, None) for component in updates}
+
+    values = {field: field.value for field in create.fields} | {create.prompt: "apple", create.steps: 1}
+    values |= {create._session: "someone", create.shown: [], create.search: "", create.overlay: False}
+    for prompt in ("apple", ""):
+        found = asyncio.run(changed(values | {create.prompt: prompt}))
+        assert found <= {*named} and create.gallery in found
+    assert create.texts[0] in named
+
+
+def test_words_find_references_in_the_library_and_come_back_as_pictures(tmp_path):
+    library = ms.Library(tmp_path / "library.sqlite")
+    library.add({REFERENCE: ["a round lollipop"], EXAMPLES / "lotus-reference.png": ["a lotus"]}, progress=False)
+    page = app.build(out=tmp_path / "out", library=library.path, device="cpu")
+    create, unit = page.create, page.create.image_prompts[0]
+    values = {field: field.value for field in create.fields} | {create.prompt: "cactus", unit.search: " lollipop "}
+    assert unit.search.visible and unit.filled(values)
+    request = create.read(values).model_copy(update={"steps": 1})
+    page.create._models.check(request)
+    (saved,) = ms.generate(request, device="cpu", progress=False).save(tmp_path / "made")
+    back = create._restore_file(str(saved), "someone", None)
+    assert back[unit.search] == "" and not back[create.drop_error]
+    (picture,) = canvas.pictures(back[unit.pictures])
+    assert picture.tobytes() == Image.open(REFERENCE).convert("RGB").tobytes()
+    both = values | {unit.pictures: canvas.strip_value([picture])}
+    with pytest.raises(MahlstickError, match="search is given too; keep one"):
+        create.read(both)
+    page.jobs.close()
+    page.train.close()
+    with pytest.raises(MahlstickError, match=r"--library .*: is no file"):
+        app.build(out=tmp_path / "out", library=tmp_path / "absent")
 
 
 def test_chinese_browsers_read_chinese(tmp_path):
@@ -305,6 +341,10 @@ def test_the_named_endpoint(address):
         ({"prompt": "x", "base": "/etc"}, "base: /etc is not offered on this page"),
         ({"prompt": "x", "steps": 0}, "steps: should be greater than or equal to 1"),
         ({"prompt": "x", "images": 500}, "images: at most 16"),
+        (["red apple"], "request: is no JSON object"),
+        ("red apple", "request: is no JSON object"),
+        ({"prompt": "x", "controls": 5}, "controls: should be"),
+        ({"prompt": "x", "controls": [5]}, r"controls\[0\]"),
     ):
         with pytest.raises(Exception, match=sentence):
             client.predict(fields, api_name="/generate")

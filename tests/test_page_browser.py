@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
 from PIL import Image, ImageChops
 
+import mahlstick as ms
 from mahlstick.page import app
 from mahlstick.pipelines.load import embedded_folder
 from mahlstick.pipelines.recipe import read_recipe
-from mahlstick.pipelines.request import data_url
+from mahlstick.pipelines.request import data_url, open_picture
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -59,7 +61,10 @@ OVERLAPS = """() => {
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    page = app.build(out=tmp_path_factory.mktemp("out"))
+    models = tmp_path_factory.mktemp("models")
+    unet = UNet2DConditionModel.from_pretrained(embedded_folder() / "unet")
+    ms.MotionAdapter.from_unet(unet, max_frames=8, heads=2).save_pretrained(models / "still")
+    page = app.build(models, tmp_path_factory.mktemp("out"))
     yield app.launch(page, port=None)
     page.jobs.close()
     page.close(verbose=False)
@@ -233,21 +238,36 @@ def test_cancel_and_faults(visit, tmp_path):
     expect(canvas.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_picture_counts_though_paint_is_pressed_while_it_is_being_read(visit, tmp_path):
+def test_pictures_count_though_paint_is_pressed_while_they_are_being_read(visit, tmp_path):
     page = visit()
-    page.get_by_role("button", name="Controls").click()
-    page.locator("#control-0-picture .canvas").wait_for()
+    for name in ("Controls", "Image prompts"):
+        page.get_by_role("button", name=name).click()
+    for name in ("#control-0-picture", "#image-prompt-0-unlike"):
+        page.locator(f"{name} .canvas").wait_for()
     fill(page, prompt="penguin", seed=7)
-    bytes_ = list((EXAMPLES / "penguin-drawing.png").read_bytes())
+    drawing, *references = [
+        EXAMPLES / f"{name}.png" for name in ("penguin-drawing", "lotus-reference", "lollipop-reference")
+    ]
     page.evaluate(
-        """bytes => {
-            const file = new File([new Uint8Array(bytes)], "drawing.png", { type: "image/png" });
-            document.querySelector("#control-0-picture .canvas").mahlstick.open(file);
+        """given => {
+            for (const [name, pictures] of Object.entries(given)) {
+                const files = pictures.map(bytes => new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
+                document.querySelector(`${name} .canvas`).mahlstick.take(files);
+            }
             document.querySelector("#paint").click();
         }""",
-        bytes_,
+        {
+            "#control-0-picture": [[*drawing.read_bytes()]],
+            "#image-prompt-0-pictures": [[*path.read_bytes()] for path in references],
+            "#image-prompt-0-unlike": [[*references[0].read_bytes()]],
+        },
     )
-    assert len(read_recipe(painted(page, tmp_path / "made.png")).request.controls) == 1
+    request = read_recipe(painted(page, tmp_path / "made.png")).request
+    assert len(request.controls) == 1 and len(request.image_prompts[0].images) == 2
+    assert request.image_prompts[0].negative is not None
+    page.locator("#image-prompt-0-pictures li button").first.click()
+    request = read_recipe(paint(page, tmp_path / "again.png")).request
+    assert open_picture(request.image_prompts[0].images[0], "").tobytes() == pixels(references[1]).tobytes()
 
 
 def test_the_tools_of_a_canvas(visit):
@@ -324,9 +344,22 @@ def test_everything_has_contrast_a_name_and_room(visit, axe, size, scheme):
     page.locator("#init-picture .canvas").wait_for()
     page.evaluate(axe)
     found = look(page, size)
-    for tab in page.locator("#tabs > .tab-wrapper [role=tab]:visible").all()[1:]:
+    strip, menu = page.locator("#tabs > .tab-wrapper [role=tab]:visible"), page.locator("#tabs .overflow-menu > button")
+    folded = page.locator("#tabs .overflow-dropdown button")
+    names = [tab.inner_text() for tab in strip.all()]
+    if menu.is_visible():
+        menu.click()
+        names += folded.all_inner_texts()
+        page.evaluate("scrollTo(0, 0)")
+        found |= {f"menu: {fault}" for fault in violations(page)}
+        menu.click()
+    assert len(names) == 6
+    for name in names[1:]:
+        if not (tab := strip.get_by_text(name, exact=True)).count():
+            menu.click()
+            tab = folded.get_by_text(name, exact=True)
         tab.click()
-        found |= {f"{tab.inner_text()}: {fault}" for fault in look(page, size)}
+        found |= {f"{name}: {fault}" for fault in look(page, size)}
     assert not found
 
 
@@ -334,6 +367,10 @@ def look(page, size):
     """What is wrong with what is on the screen."""
     page.wait_for_timeout(500)
     wide = page.evaluate("document.documentElement.scrollWidth") - size["width"]
+    return violations(page) | set(page.evaluate(OVERLAPS)) | ({f"{wide} pixels too wide"} if wide > 0 else set())
+
+
+def violations(page):
+    """What axe-core finds."""
     found = page.evaluate("axe.run(document, { runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa'] })")
-    told = {f"{fault['id']}: {each['html'][:200]}" for fault in found["violations"] for each in fault["nodes"]}
-    return told | set(page.evaluate(OVERLAPS)) | ({f"{wide} pixels too wide"} if wide > 0 else set())
+    return {f"{fault['id']}: {each['html'][:200]}" for fault in found["violations"] for each in fault["nodes"]}

@@ -55,7 +55,7 @@ def run(page, values):
 
     async def collect():
         shown = {}
-        async for updates in page.compare._run(values, None):
+        async for updates in page.compare.make(values, None):
             shown |= updates
         return shown
 
@@ -68,7 +68,7 @@ def test_a_grid_is_made_saved_and_its_settings_come_back(page, tmp_path):
     assert (x.field, request.prompt, len(request.controls)) == ("controls[0].scale", "red penguin", 1)
     shown = run(page, values)
     compare, history = page.compare, page.history
-    assert shown[compare.status] == "" and not any(shown[line] for line in compare._errors)
+    assert shown[compare.status] == "" and not any(shown[line] for line in compare.errors)
     (saved,) = history.others("someone", KIND)
     assert shown[compare.gallery]["value"] == [str(saved)] and shown[compare.gallery]["visible"]
     assert history.others("another", KIND) == [] and not compare.enter("another")[compare.gallery]["visible"]
@@ -101,12 +101,14 @@ def test_a_grid_is_made_saved_and_its_settings_come_back(page, tmp_path):
         ({"x": ("controls[1].adapter", "lineart, other")}, "x", "net: 'other' is unknown; choose from lineart"),
         ({"x": ("", ""), "y": ("", "")}, "x", "Choose what is to differ."),
         ({"x": ("steps", "1-13"), "y": ("seed", "1-5")}, None, f"13 × 5 = 65 pictures, and a grid has at most {CELLS}"),
+        ({"x": ("prompt", "red, " + "x" * 501)}, None, "words may have at most 500 letters"),
+        ({"x": ("prompt", "red, " * 5001)}, "x", "the values may have at most 20000 letters"),
         ({"prompt": " "}, None, "Say on Create what to paint first"),
     ],
 )
 def test_a_fault_is_told_beside_its_field_before_any_work(page, given, place, sentence):
     shown = run(page, screen(page, session="faulty", **given))
-    told = {line: text for line, text in shown.items() if line in page.compare._errors and text}
+    told = {line: text for line, text in shown.items() if line in page.compare.errors and text}
     line = page.compare.error if place is None else getattr(page.compare, place).error
     assert list(told) == [line]
     assert sentence in told[line].replace("&#x27;", "'").replace("&gt;", ">")
@@ -126,20 +128,44 @@ def test_values_that_do_only_together_are_no_fault(page):
 def test_a_grid_is_cancelled_within_a_step_and_keeps_what_is_made(page):
     request, kept = Request(prompt="red apple", seed=1, steps=1), []
     work = comparison(request, Axis(field="steps", values=[1, 900]), None, page.history, "hasty", kept.extend)
-    job = page.jobs.submit(work, "hasty grids")
+    job = page.jobs.submit(work, "hasty/grids")
     deadline = time.monotonic() + 120
     while job.step < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert job.total == 901 and job.preview.width > 2 * 100
-    page.compare._cancel("hasty")
+    page.compare.cancel_all("hasty")
     with pytest.raises(Cancelled):
         job.future.result(60)
     assert job.step < 300
     assert page.history.pictures("hasty") == kept and len(kept) == 1 and page.history.others("hasty", KIND) == []
 
 
-def test_clips_are_not_offered_without_a_motion_module(page):
-    assert page.animate is None
+def test_a_grid_of_a_net_that_the_session_trained_comes_back(page, tmp_path):
+    trained = page.history.results("trainer") / "mine"
+    trained.mkdir(parents=True)
+    (trained / "net.safetensors").symlink_to(
+        embedded_folder() / "controlnet-lineart" / "diffusion_pytorch_model.safetensors"
+    )
+    (trained / "config.json").symlink_to(embedded_folder() / "controlnet-lineart" / "config.json")
+    values = screen(page, "trainer", x=("controls[1].scale", "0, 1"), y=("controls[1].adapter", "lineart, mine"))
+    values[page.create.controls[1].adapter] = str(trained)
+    shown = run(page, values)
+    assert not any(shown[line] for line in page.compare.errors)
+    (saved,) = page.history.others("trainer", KIND)
+    back = page.compare._restore_chosen("trainer", [saved.name], 0, None)
+    assert back[page.compare.y.text]["value"] == "lineart, mine" and not back[page.compare.drop_error]
+    assert "mine" in [name for name, _ in back[page.create.controls[0].adapter]["choices"]]
+    assert back[page.create.controls[0].adapter]["value"] == str(trained)
+    stranger = page.compare._restore_file(str(saved), "another", None)
+    assert "is not offered on this page" in stranger[page.compare.drop_error]
+
+
+def test_clips_are_not_offered_without_a_motion_module(tmp_path, monkeypatch):
+    monkeypatch.setattr("mahlstick.page.models.embedded_adapters", dict)
+    built = app.build(out=tmp_path, device="cpu")
+    assert not built.animate._tab.visible
+    built.train.close()
+    built.jobs.close()
 
 
 def test_the_settings_to_choose_are_those_of_the_units_on_create(page):
@@ -192,6 +218,15 @@ def test_the_named_endpoint(page):
     ):
         with pytest.raises(Exception, match=sentence):
             client.predict(request | changed, x, None, api_name="/compare")
+    for given, sentence in (
+        (("x", x, None), "request: is no JSON object"),
+        ((request, ["steps"], None), "x: is no JSON object"),
+        ((request, x, "seed"), "y: is no JSON object"),
+        ((request, {"field": "steps", "values": 4}, None), "values: should be"),
+        ((request, {"field": "prompt", "values": ["penguin", "x" * 501]}, None), "at most 500 letters"),
+    ):
+        with pytest.raises(Exception, match=sentence):
+            client.predict(*given, api_name="/compare")
     with pytest.raises(Exception, match="at most 64"):
         client.predict(request, {"field": "seed", "values": list(range(90))}, None, api_name="/compare")
     page.close(verbose=False)

@@ -112,6 +112,6 @@ def test_a_session_sees_what_it_trained_and_no_other_does(tab: Inspect, models: 
     offered = tab._models.of(results).nets
     assert "learned" in [shown for shown, _ in offered]
     request = ms.Request(prompt="x", controls=[{"adapter": dict(offered)["learned"], "image": "a.png"}])
-    tab._models.check(request, results)
+    tab._models.of(results).check(request)
     with pytest.raises(ms.MahlstickError, match="is not offered"):
-        tab._models.check(request, tab._history.results("yours"))
+        tab._models.of(tab._history.results("yours")).check(request)

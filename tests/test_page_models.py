@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +30,12 @@ PICTURE = "data:image/png;base64,iVBORw0KGgo="
         ),
         ("image_prompts[0].image_encoder", {"image_prompts": [{"images": [PICTURE], "image_encoder": "/etc"}]}),
         ("image_prompts[0].search", {"image_prompts": [{"search": "fox", "library": "/etc/library.sqlite"}]}),
+        ("image_prompts[0].search", {"image_prompts": [{"search": "fox"}]}),
     ],
 )
 def test_a_request_from_outside_names_no_file_of_the_server(field: str, fields: dict[str, Any]) -> None:
     request = Request(prompt="fox", **fields)
     with pytest.raises(MahlstickError, match=f"^{re.escape(field)}: .* is not offered on this page"):
         Models(None).check(request)
+    with pytest.raises(MahlstickError, match=f"^{re.escape(field)}: .* is not offered on this page"):
+        Models(None, library=Path("/library.sqlite")).check(request)

@@ -25,6 +25,7 @@ from mahlstick.page.jobs import WAITING_LIMIT, Cancelled, Jobs
 from mahlstick.page.models import Models, trained
 from mahlstick.page.runs import Run, runs
 from mahlstick.page.train import Train
+from mahlstick.training.checkpoint import Checkpoints
 from mahlstick.training.config import TrainConfig
 
 PATIENCE = 300  # seconds
@@ -47,12 +48,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Nets:
+    """A tab on which control nets are chosen."""
+
+    def __init__(self) -> None:
+        self.chooser = gr.Dropdown([])
+        self.choosers = [self.chooser]
+
+    def offer(self, models: Models) -> dict[Any, Any]:
+        return {self.chooser: gr.update(choices=models.nets)}
+
+
 @pytest.fixture(scope="module")
 def tab(pictures: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     jobs, history = Jobs(device="cpu"), History(tmp_path_factory.mktemp("sessions"))
     with gr.Blocks():
-        net = gr.Dropdown([])
-        found = Train(Models(models), jobs, history, gr.BrowserState(None), pictures, "cpu", [("nets", net)])
+        found = Train(Models(models), jobs, history, gr.BrowserState(None), pictures, "cpu", [Nets()])
     yield found
     found.close()
     jobs.close()
@@ -100,7 +111,7 @@ def until(happened: Any) -> None:
 
 
 def test_a_run_is_begun_stopped_found_again_and_finished(tab: Train, me: str) -> None:
-    begun = start(tab, me, **settings(tab, steps=2000, checkpoint_every=1))
+    begun = start(tab, me, **settings(tab, steps=2000, checkpoint_every=2000))
     assert not any(begun.get(line) for line in tab._errors), begun
     run = Run(tab._history.results(me), "my-net")
     until(lambda: run.step >= 2)
@@ -114,7 +125,8 @@ def test_a_run_is_begun_stopped_found_again_and_finished(tab: Train, me: str) ->
     tab._stop(me, "my-net", None)  # type: ignore[arg-type]
     until(lambda: run.state == "stopped")
     step = run.step
-    assert not trained(run.folder) and (run.out / "checkpoints").is_dir()
+    assert not trained(run.folder)
+    assert step <= Checkpoints(run.out / "checkpoints", 2).newest() <= step + 1  # the step that was under way
     with gr.Blocks():  # the page begun anew
         other = Train(tab._models, tab._jobs, tab._history, gr.BrowserState(None), tab._data, "cpu")
     shown = other.enter(me, None)  # type: ignore[arg-type]
@@ -129,7 +141,7 @@ def test_a_run_is_begun_stopped_found_again_and_finished(tab: Train, me: str) ->
     assert run.state == "done", run.reason()
     done = tab._view(me, "my-net", None)  # type: ignore[arg-type]
     assert any(name.endswith(".safetensors") for name in done[tab.result]["value"])
-    ((_, net),) = tab._dropdowns
+    net = tab._others[0].chooser
     assert "my-net" in [shown for shown, _ in done[net]["choices"]]
     assert "my-net" not in [shown for shown, _ in tab.enter("yours", None)[net]["choices"]]  # type: ignore[arg-type]
 
@@ -155,6 +167,7 @@ def test_a_run_that_fails_says_why(tab: Train, pictures: Path, me: str) -> None:
         ({"task": "motion"}, "data_error", "shapes holds pictures; put the frames of each clip into a subfolder"),
         ({"name": "../my-net"}, "name_error", "Give the result a name"),
         ({"base": "/etc"}, "name_error", "is not offered"),
+        ({"task": "qformer", "momentum": 1.5}, "more_error", "momentum: should be less than 1"),
         ({"steps": 0}, "error", "steps: should be greater than or equal to 1"),
         ({"ema": 2.0}, "more_error", "ema: should be less than 1"),
         ({"annotator_options": "model=/etc"}, "more_error", "give NAME=VALUE"),
@@ -275,6 +288,54 @@ def test_a_run_that_found_no_place_in_the_queue_can_be_begun_again(tab: Train, t
     for job in (blocked, *waiting):
         job.cancel()
     wait([job.future for job in (blocked, *waiting)], PATIENCE)
+
+
+def test_a_run_is_removed_for_good_but_not_while_it_is_at_work(tab: Train, tmp_path: Path, me: str) -> None:
+    run, longer = (Run(tab._history.results(me), name) for name in ("mine", "mine.log"))
+    for each in (longer, run):
+        each.begin(TrainConfig(task="controlnet", data=str(tmp_path), out=str(each.out), annotator="canny"))
+        (each.out / "checkpoints").mkdir(parents=True)
+        each._keep("stopped")
+    assert tab._view(me, "mine", None)[tab.remove_run.ask]["visible"]  # type: ignore[arg-type]
+    run.wait()
+    assert not tab._view(me, "mine", None)[tab.remove_run.ask]["visible"]  # type: ignore[arg-type]
+    assert "mine is at work" in tab._remove_run(me, "mine", None)[tab.error]  # type: ignore[arg-type]
+    run.leave()
+    shown = tab._remove_run("yours", "mine", None)  # type: ignore[arg-type]
+    assert runs(run.folder) and shown[tab.run]["value"] is None
+    shown = tab._remove_run(me, "mine", None)  # type: ignore[arg-type]
+    assert shown[tab.run]["value"] == "mine.log" and runs(run.folder) == [longer] and longer.out.is_dir()
+    assert [path for path in run.folder.rglob("mine*") if not path.name.startswith("mine.log")] == []
+
+
+def test_an_archive_is_removed_but_not_while_a_run_reads_it(
+    tab: Train, pictures: Path, tmp_path: Path, me: str
+) -> None:
+    tab._unpack(str(packed(tmp_path / "set.zip", {"my/0.png": shape(0)})), me, None)  # type: ignore[arg-type]
+    assert tab._choose_data(me, "set")[tab.remove_data.ask]["visible"]
+    assert not tab._choose_data(me, "shapes")[tab.remove_data.ask]["visible"], "it is the server's"
+    run = Run(tab._history.results(me), "reader")
+    data = tab._all_data(me)["set"]
+    run.begin(TrainConfig(task="controlnet", data=str(data), out=str(run.out), annotator="canny"))
+    run.wait()
+    assert "is at work" in tab._remove_data(me, "set", None)[tab.data_error] and data.is_dir()  # type: ignore[arg-type]
+    run.leave()
+    for name in ("shapes", "..", "../.runs"):
+        tab._remove_data(me, name, None)  # type: ignore[arg-type]
+    assert (pictures / "shapes").is_dir() and runs(run.folder) == [run]
+    shown = tab._remove_data(me, "set", None)  # type: ignore[arg-type]
+    assert shown[tab.data]["value"] is None and not data.exists() and "set" not in tab._all_data(me)
+
+
+def test_each_task_shows_its_own_settings(tab: Train) -> None:
+    shown = {task: tab._choose_task(task) for task in ("ip-adapter", "qformer", "lora")}
+    visible = {
+        task: {name for name, component in tab.more.items() if update.get(component, {}).get("visible")}
+        for task, update in shown.items()
+    }
+    assert {"tokens", "depth", "heads", "momentum"} <= visible["qformer"] and "projector" not in visible["qformer"]
+    assert {"tokens", "projector"} <= visible["ip-adapter"] and "momentum" not in visible["ip-adapter"]
+    assert visible["lora"] == {"rank", "train_text"}
 
 
 def test_a_run_that_goes_on_is_not_stopping_any_more(tab: Train, tmp_path: Path, me: str) -> None:

@@ -11,15 +11,17 @@ from typing import Any
 
 import gradio as gr
 import pytest
+import torch
 from gradio_client import Client
 from PIL import Image
 
-from mahlstick.nodes.builtin import all_nodes
+from mahlstick.nodes.builtin import all_nodes, loaders
 from mahlstick.nodes.comfy.ui import read
 from mahlstick.page import app, canvas, forms
 from mahlstick.page.history import History
-from mahlstick.page.jobs import Jobs
-from mahlstick.page.workflows import Workflows, _Form, _owner, examples
+from mahlstick.page.jobs import Jobs, pictures
+from mahlstick.page.workflows import Workflows, _Form, examples
+from mahlstick.pipelines.request import Request
 
 NODES = all_nodes()
 PICTURES = examples()["controlnet"].parents[1] / "examples"
@@ -44,7 +46,7 @@ def workflow(tab: Workflows, name: str, session: str = "mine") -> dict[str, Any]
 
 
 def laid(tab: Workflows, shown: dict[str, Any], session: str = "mine") -> _Form:
-    form = _Form(lambda name: tab._picture(session, name))
+    form = _Form(tab, session)
     with gr.Blocks():
         for group in [group for both in forms.groups(shown["api"], tab._nodes) for group in both]:
             form.lay(group)
@@ -65,7 +67,7 @@ def entered(
 
 def run(tab: Workflows, form: _Form, values: dict[Any, Any]) -> list[dict[Any, Any]]:
     async def all_of_it() -> list[dict[Any, Any]]:
-        return [each async for each in tab._running(form)(values, None)]
+        return [each async for each in form.make(values, None)]
 
     return asyncio.run(all_of_it())
 
@@ -85,7 +87,7 @@ def test_a_form_that_nobody_touched_is_the_workflow(tab: Workflows) -> None:
     form = laid(tab, shown)
     values = entered(tab, form, shown)
     values[form.components["99.seed"]] = float(2**64 - 1)
-    assert tab._changed(form, values) == shown["api"]
+    assert tab.changed(form, values) == shown["api"]
 
 
 def test_what_is_entered_is_run_saved_and_carried_by_the_picture(tab: Workflows) -> None:
@@ -102,7 +104,7 @@ def test_what_is_entered_is_run_saved_and_carried_by_the_picture(tab: Workflows)
     assert kept.convert("RGB").tobytes() == Image.open(PICTURES / "tree-drawing.png").convert("RGB").tobytes()
     assert tab.enter("mine")[tab.gallery]["value"] == [str(saved)]  # found again
     assert tab.enter("yours")[tab.gallery]["value"] == []
-    assert tab._picture("yours", "penguin-drawing.png") is None
+    assert tab.picture("yours", "penguin-drawing.png") is None
 
 
 def test_a_fault_is_said_beside_its_node_and_nothing_runs(tab: Workflows) -> None:
@@ -110,7 +112,7 @@ def test_a_fault_is_said_beside_its_node_and_nothing_runs(tab: Workflows) -> Non
     form = laid(tab, shown)
     last = run(tab, form, entered(tab, form, shown, KSampler__steps=0))[-1]
     (sampler,) = [node for node, step in shown["api"].items() if step["class_type"] == "KSampler"]
-    assert "smaller than min" in last[form.errors[sampler]] and last[tab.status] == ""
+    assert "smaller than min" in last[form.lines[sampler]] and last[tab.status] == ""
 
 
 def test_cancelled_within_a_step_it_says_so_and_the_next_run_works(tab: Workflows) -> None:
@@ -120,11 +122,11 @@ def test_cancelled_within_a_step_it_says_so_and_the_next_run_works(tab: Workflow
     async def cancelled() -> list[dict[Any, Any]]:
         told = []
         values = entered(tab, form, shown, KSampler__steps=1000, KSampler__seed=77)
-        async for each in tab._running(form)(values, None):
+        async for each in form.make(values, None):
             told.append(each)
             if "Step" in each.get(tab.status, ""):
-                tab._jobs.cancel(_owner("yours"))  # has no such run
-                tab._jobs.cancel(_owner("mine"))
+                tab._jobs.cancel("yours/workflows")  # has no such run
+                tab._jobs.cancel("mine/workflows")
         return told
 
     assert "Cancelled" in asyncio.run(cancelled())[-1][tab.status]
@@ -169,7 +171,7 @@ def test_no_workflow_reads_outside_of_its_session(tab: Workflows, tmp_path: Path
     shown = workflow(tab, "controlnet")
     for name in (str(secret), "../../../" + secret.name):
         shown["api"]["4"]["inputs"]["image"] = name
-        assert tab._picture("mine", name) is None
+        assert tab.picture("mine", name) is None
         form = laid(tab, shown)
         last = run(tab, form, entered(tab, form, shown))[-1]
         assert any("leads outside" in str(said) for said in last.values())
@@ -185,6 +187,21 @@ def test_uploaded_files_keep_their_names_and_make_the_workflow_whole(tab: Workfl
     assert tab._note_missing(again, "another", None) == ""  # type: ignore[arg-type]
 
 
+def test_a_workflow_shares_the_base_device_and_dtype_of_the_other_tabs(tmp_path: Path) -> None:
+    jobs, history, others = Jobs("cpu", "bfloat16"), History(tmp_path), loaders._OWN.loader._pipeline.cache_info()
+    with gr.Blocks():
+        found = Workflows(None, jobs, history, gr.BrowserState(None))
+    request = Request(prompt="tree", seed=1, steps=1)
+    jobs.submit(pictures(request, lambda result: [])).future.result()
+    shown = workflow(found, "text_to_image")
+    form = laid(found, shown)
+    assert run(found, form, entered(found, form, shown, KSampler__steps=1))[-1][found.gallery]["value"]
+    pipe = jobs._loader.pipeline("embedded", device="cpu", dtype="bfloat16")
+    assert pipe.unet.dtype == torch.bfloat16 and jobs._loader._pipeline.cache_info().misses == 1
+    assert loaders._OWN.loader._pipeline.cache_info() == others
+    jobs.close()
+
+
 def test_the_named_endpoint(tmp_path: Path) -> None:
     page = app.build(out=tmp_path)
     client = Client(app.launch(page, port=None), verbose=False)
@@ -195,6 +212,8 @@ def test_the_named_endpoint(tmp_path: Path) -> None:
     assert read(Path(made), NODES)["2"]["inputs"]["text"] == "tree"
     with pytest.raises(Exception, match="the workflow has no node 'Nobody'"):
         client.predict(api, {"Nobody.steps": 1}, api_name="/run_workflow")
+    with pytest.raises(Exception, match="changes: are no JSON object"):
+        client.predict(api, ["KSampler.steps"], api_name="/run_workflow")
     script = tmp_path / "script.py"
     script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for named in (str(script), [str(script)]):  # a file of this machine

@@ -22,7 +22,7 @@ from mahlstick.adapters.ip_adapter import ImageAttachment, cross_attentions
 from mahlstick.adapters.ip_adapter import IPAdapter as Adapter
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import folders
-from mahlstick.nodes.builtin.loaders import EMBEDDED, LOADED, clip_vision, embedded_vision
+from mahlstick.nodes.builtin.loaders import EMBEDDED, clip_vision, current, embedded_vision
 from mahlstick.nodes.resample import from_picture, to_picture
 from mahlstick.nodes.schema import Socket, Widget, node
 from mahlstick.nodes.values import ClipVision, ClipVisionT, EmbedsT, ImageT, MaskT, Model, ModelT
@@ -339,7 +339,7 @@ def _embedded_names() -> list[str]:
 def _load(name: str) -> Loaded:
     is_embedded = name.startswith(f"{EMBEDDED}:")
     path = adapter_path(name) if is_embedded else str(folders.find("ipadapter", name))
-    adapter = LOADED.adapter(path)
+    adapter = current().loader.adapter(path)
     if not isinstance(adapter, Adapter):
         raise MahlstickError(f"{path}: holds a {adapter.kind}, not an IP-Adapter; choose another file.")
     return Loaded(adapter, embedded_vision() if is_embedded else None)

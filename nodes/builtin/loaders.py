@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from torch import Tensor
 
 from mahlstick.adapters.formats.checkpoint import open_checkpoint
@@ -25,20 +28,56 @@ EMBEDDED = "embedded"
 _VOCABULARY = "openai/clip-vit-large-patch14"  # the same for every CLIP
 _XL_LATENT_SCALE = 0.13025
 
-#: What was loaded, for as long as the process lives.
-LOADED = Loader(bases=2)
+
+@dataclass(frozen=True)
+class Keeping:
+    """Who keeps what is loaded, and on which device and in which dtype, by their names or left open."""
+
+    loader: Loader
+    device: str | None = None
+    dtype: str | None = None
+
+    def place(self, device: str | None = None) -> tuple[str, torch.dtype]:
+        """Where a model is put, be it that its node names another device."""
+        chosen = choose_device(device or self.device)
+        return chosen, choose_dtype(self.dtype, chosen)
+
+
+# For as long as the process lives, unless a run has others.
+_OWN = Keeping(Loader(bases=2))
+_current: ContextVar[Keeping] = ContextVar("keeping", default=_OWN)
+
+
+def current() -> Keeping:
+    """What this run loads with."""
+    return _current.get()
+
+
+@contextmanager
+def using(keeping: Keeping) -> Iterator[None]:
+    """Within the block models are loaded with this, such as with what has loaded them already."""
+    token = _current.set(keeping)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def forget() -> None:
     """Let go of the models that are kept for the next run."""
-    LOADED.forget()
+    _OWN.loader.forget()
     for kept in (_diffusers, _text_encoder, _vision):
         kept.cache_clear()
 
 
 def embedded_pipeline() -> Any:
     """The pipeline of the embedded model."""
-    return LOADED.pipeline(EMBEDDED)
+    return _pipeline(EMBEDDED)
+
+
+def _pipeline(source: str, config: str | None = None) -> Any:
+    keeping = current()
+    return keeping.loader.pipeline(source, device=keeping.device, dtype=keeping.dtype, config=config)
 
 
 def embedded_vision() -> ClipVision:
@@ -52,7 +91,7 @@ def clip_vision(name: str) -> ClipVision:
     if name == EMBEDDED:
         return embedded_vision()
     path = folders.find("clip_vision", name)
-    return _vision(path, folders.stamp(path))
+    return _vision(path, folders.stamp(path), *current().place())
 
 
 def _stamp(kind: str, name: str | None) -> str | None:
@@ -100,7 +139,7 @@ def VAELoader(*, vae_name: VaeName) -> VaeT:
     if vae_name == EMBEDDED:
         return Vae(embedded_pipeline().vae)
     path = folders.find("vae", vae_name)
-    return Vae(_diffusers("AutoencoderKL", path, folders.stamp(path)))
+    return Vae(_diffusers("AutoencoderKL", path, folders.stamp(path), *current().place()))
 
 
 @node("advanced/loaders", display_name="Load CLIP", fingerprint=lambda clip_name: _stamp("clip", clip_name))
@@ -131,7 +170,7 @@ def DualCLIPLoader(
 def UNETLoader(*, unet_name: UnetName, weight_dtype: Literal["default"] = "default") -> ModelT:
     """Load a UNet alone, which predicts noise: a folder in diffusers' layout, or a single file."""
     path = folders.find("diffusion_models", unet_name)
-    model = model_from_unet(_diffusers("UNet2DConditionModel", path, folders.stamp(path)))
+    model = model_from_unet(_diffusers("UNet2DConditionModel", path, folders.stamp(path), *current().place()))
     is_xl = model.unet.config.addition_embed_type == "text_time"
     return replace(model, latent_scale=_XL_LATENT_SCALE) if is_xl else model
 
@@ -147,7 +186,7 @@ def _base(name: str) -> tuple[Any, Clip, Vae]:
         pipe = embedded_pipeline()
     else:
         path = folders.find("checkpoints", name)
-        pipe = LOADED.pipeline(str(path), config=_config_beside(path))
+        pipe = _pipeline(str(path), _config_beside(path))
     named = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ("", "_2")]
     tokenizers, encoders = zip(*[pair for pair in named if pair[1] is not None], strict=True)
     return model_from_pipeline(pipe), Clip(tokenizers, encoders), Vae(pipe.vae)
@@ -160,12 +199,11 @@ def _config_beside(path: Path) -> str | None:
 
 
 @lru_cache(maxsize=4)
-def _diffusers(kind: str, path: Path, stamp: str) -> Any:
+def _diffusers(kind: str, path: Path, stamp: str, device: str, dtype: torch.dtype) -> Any:
     """A model of diffusers' class ``kind`` from a folder or a single file."""
     import diffusers
 
-    device = choose_device()
-    options: dict[str, Any] = {"dtype": choose_dtype(None, device)}
+    options: dict[str, Any] = {"dtype": dtype}
     model_class = getattr(diffusers, kind)
     try:
         if path.is_dir():
@@ -182,18 +220,18 @@ def _diffusers(kind: str, path: Path, stamp: str) -> Any:
 
 def _clip(names: list[str], device: str) -> Clip:
     paths = [folders.find("clip", name) for name in names]
-    loaded = [_text_encoder(path, folders.stamp(path), device) for path in paths]
+    place = current().place(None if device == "default" else device)
+    loaded = [_text_encoder(path, folders.stamp(path), *place) for path in paths]
     # XL's first encoder is the one without a projection.
     tokenizers, encoders = zip(*sorted(loaded, key=lambda pair: hasattr(pair[1], "text_projection")), strict=True)
     return Clip(tokenizers, encoders)
 
 
 @lru_cache(maxsize=4)
-def _text_encoder(path: Path, stamp: str, device: str) -> tuple[Any, Any]:
+def _text_encoder(path: Path, stamp: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A tokenizer and a text encoder from a folder in transformers' layout, or a single file in its naming."""
     import transformers
 
-    device = choose_device(None if device == "default" else device)
     tensors = _read(path, "text_model.", "text_projection.") if path.is_file() else None
     source = str(path) if tensors is None else _config_beside(path) or _VOCABULARY
     try:
@@ -204,7 +242,7 @@ def _text_encoder(path: Path, stamp: str, device: str) -> tuple[Any, Any]:
             f"{path}: no text encoder could be loaded ({first_line(error)}); give a folder that holds a CLIP text "
             "model of transformers with its tokenizer, or a file with the tokenizer in a folder of its name beside it."
         ) from error
-    return tokenizer, encoder.to(device, choose_dtype(None, device)).eval()
+    return tokenizer, encoder.to(device, dtype).eval()
 
 
 def _text_encoder_in(folder: Path) -> Any:
@@ -241,9 +279,8 @@ def _text_encoder_of(tensors: Mapping[str, Tensor], tokenizer: Any, path: Path) 
 
 
 @lru_cache(maxsize=4)
-def _vision(path: Path, stamp: str) -> ClipVision:
+def _vision(path: Path, stamp: str, device: str, dtype: torch.dtype) -> ClipVision:
     """An image encoder with its picture processor, where its folder has one."""
-    device = choose_device()
     if path.is_dir():
         encoder, processor = load_encoder(path)
     else:
@@ -252,7 +289,7 @@ def _vision(path: Path, stamp: str) -> ClipVision:
             encoder, processor = _vision_of(tensors, path), None
         except KeyError as error:
             raise MahlstickError(f"{path}: lacks {error}; get another copy.") from error
-    return ClipVision(encoder.to(device, choose_dtype(None, device)).eval(), processor)
+    return ClipVision(encoder.to(device, dtype).eval(), processor)
 
 
 def _vision_of(tensors: Mapping[str, Tensor], path: Path) -> Any:
