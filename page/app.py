@@ -19,6 +19,7 @@ from mahlstick.page.history import History
 from mahlstick.page.jobs import Jobs
 from mahlstick.page.limits import BodyLimit
 from mahlstick.page.models import Models
+from mahlstick.page.parts import QUIET
 from mahlstick.page.texts import label, translations
 from mahlstick.page.train import Train
 from mahlstick.page.weights import Inspect
@@ -31,18 +32,9 @@ _STYLE = Path(__file__).with_name("style.css")
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 # Burnt sienna, from a wash to the bare pigment.
 _SIENNA = gr.themes.Color(
-    "#fbf4f0",
-    "#f6e6dd",
-    "#ecccba",
-    "#dfab90",
-    "#cf8562",
-    "#bb6641",
-    "#9c4f2e",
-    "#803f25",
-    "#663320",
-    "#4f291b",
+    "#fbf4f0", "#f6e6dd", "#ecccba", "#dfab90", "#cf8562", "#bb6641", "#9c4f2e", "#803f25", "#663320", "#4f291b",
     "#331810",
-)
+)  # fmt: skip
 _KEYS = """
 document.addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -98,13 +90,14 @@ def build(
                 workflows = Workflows(folder, jobs, history, session)
             with gr.Tab(label("train"), id="train"):
                 train = Train(offered, jobs, history, session, examples, device, [create, animate])
-            with gr.Tab(label("inspect"), id="inspect"):
+            with gr.Tab(label("inspect"), id="inspect") as inspect_tab:
                 inspect = Inspect(offered, history, session, create.model)
-        entered = page.load(create.enter, session, create.entered, api_visibility="private", show_progress="hidden")
+        inspect_tab.select(inspect.enter, session, inspect.entered, **QUIET)  # there may be new results
+        entered = page.load(create.enter, session, create.entered, **QUIET)
         tabs: list[Any] = [compare, animate, workflows, train, inspect]
         for tab in tabs:
-            entered.then(tab.enter, session, tab.entered, api_visibility="private", show_progress="hidden", queue=False)
-        page.load(jobs.warm_up, None, None, api_visibility="private", show_progress="hidden", queue=False)
+            entered.then(tab.enter, session, tab.entered, queue=False, **QUIET)
+        page.load(jobs.warm_up, None, None, queue=False, **QUIET)
         wanted, made = gr.JSON(visible=False), gr.File(visible=False, file_count="multiple")
         gr.Button(visible=False).click(create.generate, wanted, made, api_name="generate", concurrency_limit=None)
         x, y = gr.JSON(visible=False), gr.JSON(visible=False)

@@ -97,7 +97,7 @@ class Compare(Maker):
 
     def read(self, values: Values) -> tuple[Request, Axis, Axis | None]:
         """The request that is on Create, and the axes. Raises :class:`MahlstickError`."""
-        request, offered = self._create.read(values), self._there(values[self._session])
+        request, offered = self._create.read(values), self.offered(self._models, values[self._session])
         x, y = (axis.read(values, offered) for axis in self.axes)
         if x is None:
             x, y = y, None
@@ -127,9 +127,6 @@ class Compare(Maker):
         """A grid's settings on the screen: the axes here, the rest on Create."""
         return {**self._create.write(request, offered), **self.x.write(x, offered), **self.y.write(y, offered)}
 
-    def _there(self, session: str | None) -> Models:
-        return self.offered(self._models, session)
-
     # What happens.
 
     def _wire(self) -> None:
@@ -158,9 +155,6 @@ class Compare(Maker):
 
     def working(self, values: Values, browser: gr.Request) -> Updates:
         return self._faces(False, working=True)
-
-    def made(self, found: Path, values: Values, session: str, browser: gr.Request) -> Updates:
-        return self._show(session)
 
     def left(self, values: Values, session: str, browser: gr.Request) -> Updates:
         return self._show(session)
@@ -225,10 +219,10 @@ class Compare(Maker):
         ]
 
     def _suit(self, axis: _AxisField) -> Callable[[str, str | None], Updates]:
-        return lambda field, session: {axis.error: "", **axis.suited(field, "", self._there(session))}
+        return lambda field, session: {axis.error: "", **axis.suited(field, "", self.offered(self._models, session))}
 
     def _fill(self, axis: _AxisField) -> Callable[[str, str | None], str]:
-        return lambda field, session: ", ".join(axis.names(field, self._there(session)))
+        return lambda field, session: ", ".join(axis.names(field, self.offered(self._models, session)))
 
     def _example(self, key: str) -> Updates:
         x, y = (Axis.parse(*parts) for parts in _EXAMPLES[key])
@@ -245,7 +239,7 @@ class Compare(Maker):
     def _restored(self, path: Path, session: str | None, browser: gr.Request) -> Updates:
         cleared: Updates = dict.fromkeys(self.errors, "")
         try:
-            recipe, offered = read_grid(path), self._there(session)
+            recipe, offered = read_grid(path), self.offered(self._models, session)
             request = with_found(recipe.request)
             offered.check(request)
             for axis in [recipe.x] + ([recipe.y] if recipe.y is not None else []):
@@ -348,19 +342,11 @@ class _AxisField:
         field = axis.field if axis is not None else ""
         text = axis.text(self.names(field, models)) if axis is not None else ""
         units = [*(f"{units}[0]" for units in _PARTS), field.partition(".")[0]]
-        return {
-            self.field: gr.update(choices=self.choices(units), value=field),
-            **self.suited(field, text, models),
-        }
+        return {self.field: gr.update(choices=self.choices(units), value=field), **self.suited(field, text, models)}
 
 
 def comparison(
-    request: Request,
-    x: Axis,
-    y: Axis | None,
-    history: History,
-    session: str,
-    keep: Callable[[list[Path]], None],
+    request: Request, x: Axis, y: Axis | None, history: History, session: str, keep: Callable[[list[Path]], None]
 ) -> Work:
     """The work that makes a grid and returns its file.
 

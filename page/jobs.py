@@ -59,6 +59,11 @@ class Job:
         self.step, self.total = min(step, total), total
         self.preview = preview or self.preview
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it is not wanted any more, be it that it is still in the queue."""
+        return self._cancelled.is_set()
+
     def cancel(self) -> None:
         """Stops before the next layer of whichever network is at work."""
         self._cancelled.set()

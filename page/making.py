@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class Maker:
 
     def __init__(self, jobs: Jobs, history: History, session: gr.BrowserState) -> None:
         self._jobs, self._history, self._session = jobs, history, session
+        self._cancels: Counter[str] = Counter()  # by owner: one may come before there is a job
 
     @property
     def errors(self) -> list[Any]:
@@ -63,10 +65,10 @@ class Maker:
 
     def made(self, found: Any, values: Values, session: str, browser: gr.Request) -> Updates:
         """What is shown of the work's result."""
-        raise NotImplementedError
+        return self.left(values, session, browser)
 
     def left(self, values: Values, session: str, browser: gr.Request) -> Updates:
-        """What is shown where there is none."""
+        """What is shown where there is none: what was made until now."""
         return {}
 
     def complain(self, error: Exception, values: Values, browser: gr.Request) -> Updates:
@@ -82,8 +84,10 @@ class Maker:
         self.cancel.click(self.cancel_all, [self._session], None, queue=False, **QUIET)
         return self.run.click(self.make, {*inputs, self._session}, outputs, **QUIET)
 
-    def cancel_all(self, session: str) -> None:
-        """Stops what the session has made here."""
+    async def cancel_all(self, session: str) -> None:
+        """Stops what the session has made here. It runs in the event loop as :meth:`make` does, and so comes either
+        before the work is in the queue or after."""
+        self._cancels[self._owner(session)] += 1
         self._jobs.cancel(self._owner(session))
 
     def _owner(self, session: str) -> str:
@@ -92,12 +96,15 @@ class Maker:
     async def make(self, values: Values, browser: gr.Request) -> AsyncIterator[Updates]:
         """What the browser is shown from the click to the result."""
         session = values[self._session] or History.new_session()
+        cancels = self._cancels[owner := self._owner(session)]
         loading = {self._session: session, self.status: status.bar(say("loading", browser))}
         yield {**dict.fromkeys(self.errors, ""), **loading, **self.working(values, browser)}
         job, begun = None, None
         try:
             begun = await asyncio.to_thread(self.begin, values, session, browser)
-            job = self._jobs.submit(begun.work, self._owner(session))
+            if self._cancels[owner] != cancels:
+                raise Cancelled
+            job = self._jobs.submit(begun.work, owner)
             if begun.meanwhile:
                 yield begun.meanwhile
             async for shown in status.watch(self._jobs, job, browser, begun.shown):

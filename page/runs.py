@@ -29,6 +29,14 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 REFRESH = 0.5  # seconds between two looks at a process
 TAIL = 1 << 16  # bytes of a process's words that are looked at
 
+# `mahlstick`, which Ctrl-C stops even where the page's own shell has it ignored.
+_TRAIN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mahlstick.cli import main
+sys.exit(main())
+"""
+
 _OF_LEARNING = {"step", "loss", "norm", "rate", "pictures_per_second"}
 _OF_HELD_OUT = {"held_out_loss", "score"}
 
@@ -170,7 +178,7 @@ class Run:
         environment = {**os.environ, "TQDM_MININTERVAL": "5"}
         if on_cpu:
             environment["ACCELERATE_USE_CPU"] = "true"
-        command = [sys.executable, "-m", "mahlstick.cli", "train", "--config", str(self._beside("config.json"))]
+        command = [sys.executable, "-c", _TRAIN, "train", "--config", str(self._beside("config.json"))]
         with self._beside("log").open("ab") as log:
             # A session of its own: Ctrl-C at the page's shell is the page's to pass on.
             process = subprocess.Popen(

@@ -11,19 +11,8 @@ from mahlstick.nodes.comfy.request import from_request
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request, Spec
 
 # field of a request -> option of `mahlstick generate`
-_OPTIONS = {
-    "prompt": "--prompt",
-    "negative_prompt": "--negative",
-    "base": "--base",
-    "seed": "--seed",
-    "steps": "--steps",
-    "guidance": "--guidance",
-    "scheduler": "--scheduler",
-    "images": "--images",
-    "init": "--init",
-    "strength": "--strength",
-    "mask": "--mask",
-}
+_SAME = ("prompt", "base", "seed", "steps", "guidance", "scheduler", "images", "init", "strength", "mask")
+_OPTIONS = {name: f"--{name}" for name in _SAME} | {"negative_prompt": "--negative"}
 
 
 def python(request: Request) -> str:

@@ -6,28 +6,15 @@ import re
 
 import gradio as gr
 
-from mahlstick.page.texts import reads_chinese
+from mahlstick.page.texts import reads_chinese, words
 
 # field of a request -> what the page calls it in Chinese
-_FIELDS = {
-    "prompt": "提示词",
-    "negative_prompt": "反向提示词",
-    "steps": "步数",
-    "images": "张数",
-    "guidance": "引导强度",
-    "seed": "随机种子",
-    "width": "宽度",
-    "height": "高度",
-    "strength": "重绘强度",
-    "scale": "权重",
-    "start": "开始",
-    "end": "结束",
-    "init": "起始图片",
-    "mask": "蒙版",
-    "base": "模型",
-    "controls": "控制",
-    "image_prompts": "图像提示",
-}
+_SAME = (
+    "prompt", "steps", "guidance", "seed", "width", "height", "strength", "scale", "start", "end", "controls",
+    "image_prompts",
+)  # fmt: skip
+_OTHERS = {"negative_prompt": "negative", "images": "pictures", "base": "model"}
+_FIELDS = words({name: name for name in _SAME} | _OTHERS)["zh"] | {"init": "起始图片", "mask": "蒙版"}
 _FIELD = r"(?P<field>[a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)?)"
 _NUMBER = r"(?P<number>[-+.\d e]+?)"
 
@@ -50,10 +37,7 @@ _CHINESE = [
     (rf"{_FIELD}: (?P<what>'.*') is no (?:whole )?number; .*", "{field}：{what} 不是数字；请写成 0.5, 1 或范围 1-5"),
     (rf"{_FIELD}: give the values to compare, .*", "{field}：请填写要对比的取值"),
     (rf"{_FIELD}: (?P<what>'.*') is unknown; choose from (?P<names>.+)", "{field}：没有 {what}；可选 {names}"),
-    (
-        rf"{_FIELD}: '.*' are {_NUMBER} values; give at most (?P<most>\d+)",
-        "{field}：{number} 个取值，最多 {most} 个",
-    ),
+    (rf"{_FIELD}: '.*' are {_NUMBER} values; give at most (?P<most>\d+)", "{field}：{number} 个取值，最多 {most} 个"),
     (
         r"(?:negative )?prompt: (?P<what>'.*') is not in the (?:negative )?prompt; .*",
         "提示词中没有 {what}；请先写其中的文字，再写替换它的文字",
@@ -75,12 +59,10 @@ _CHINESE = [
         r"(?P<what>.+) has (?P<held>\d+) frames at (?P<fps>\S+) a second, and (?P<number>\d+) are asked for: .*",
         "{what}：每秒 {fps} 帧时只有 {held} 帧，而需要 {number} 帧；请减少帧数或提高帧率",
     ),
-    (r"(?P<what>.+) holds no recipe; only a clip .*", "{what}：没有配方；只有 mahlstick 生成且未经改动的视频才有"),
-    (r"(?P<what>.+) holds no recipe; .*", "{what}：没有配方；只有 mahlstick 保存且未经改动的 PNG 才有"),
-    (r"(?P<what>.+): holds no recipe; .*", "{what}：没有配方；只有 mahlstick 保存且未经改动的 PNG 才有"),
+    (r"(?P<what>.+): holds no recipe; only a clip .*", "{what}：没有配方；只有 mahlstick 生成且未经改动的视频才有"),
+    (r"(?P<what>.+?):? holds no recipe; .*", "{what}：没有配方；只有 mahlstick 保存且未经改动的 PNG 才有"),
     (r"(?P<what>.+): not a readable picture; .*", "{what}：无法读取；请提供 mahlstick 保存的 PNG"),
-    (r"(?P<what>.+) is not a picture; .*", "{what}：不是图片；请提供 PNG、JPEG 或 WebP"),
-    (r"(?P<what>.+) is no picture; .*", "{what}：不是图片；请提供 PNG、JPEG 或 WebP"),
+    (r"(?P<what>.+) is (?:not a|no) picture; .*", "{what}：不是图片；请提供 PNG、JPEG 或 WebP"),
     (r"(?P<what>.+) is damaged or truncated .*", "{what}：文件已损坏，请重新保存或下载"),
     (r"(?P<what>.+) is too large.*", "{what}：太大，请缩小图片"),
     (r"too many pictures are waiting; .*", "排队的任务太多，请一分钟后再试"),

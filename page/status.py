@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import gradio as gr
 from PIL import Image
 
-from mahlstick.page.jobs import Job, Jobs
+from mahlstick.page.jobs import Cancelled, Job, Jobs
 from mahlstick.page.texts import say
 
 REFRESH = 0.15  # seconds between two looks at a job
@@ -49,10 +49,12 @@ def waiting(jobs: Jobs, ahead: int, browser: gr.Request | None) -> str:
 async def watch(
     jobs: Jobs, job: Job, browser: gr.Request | None, stands: Callable[[Job, gr.Request | None], str] = of
 ) -> AsyncIterator[str]:
-    """Where the job stands, whenever that has changed, until it is done; ``stands`` says it once none is before it."""
+    """Where the job stands, whenever that has changed, until it is done; ``stands`` says it once none is before it.
+    Raises :class:`Cancelled` where it is cancelled before its turn."""
     before = ""
     while not job.future.done():
-        ahead = jobs.ahead(job)
+        if (ahead := jobs.ahead(job)) and job.is_cancelled:
+            raise Cancelled
         shown = waiting(jobs, ahead, browser) if ahead else stands(job, browser)
         if shown != before:
             yield shown

@@ -481,15 +481,18 @@ class Train:
         """What a browser sees at first: the run that is at work, or the last one."""
         known = runs(self._history.results(session))
         shown = next((run for run in known if run.is_live), known[0] if known else None)
-        # A number that begins as None is shown as 0, but one that becomes None as an empty field.
-        numbers = [self.rate, self.resolution, *(each for each in self.more.values() if _is_open(each))]
         view = self._view(session, shown.name, browser) if shown else {}
-        return {**dict.fromkeys(numbers), **self._offer_data(session), **self._offer(session), **view}
+        # A number that begins as None is shown as 0, but one that becomes None as an empty field.
+        return {**dict.fromkeys(self._open_numbers), **self._offer_data(session), **self._offer(session), **view}
+
+    @property
+    def _open_numbers(self) -> list[Any]:
+        own = [self.rate, self.resolution, *self.more.values()]
+        return [each for each in own if isinstance(each, gr.Number) and each.value is None]
 
     @property
     def entered(self) -> list[Any]:
-        numbers = [self.rate, self.resolution, *(each for each in self.more.values() if _is_open(each))]
-        return [*numbers, *self._folders, *self._run_view]
+        return [*self._open_numbers, *self._folders, *self._run_view]
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -538,10 +541,6 @@ def _component(name: str, field: Any) -> Any:
         default = CHECKPOINT_EVERY if name == "checkpoint_every" else field.default
         return gr.Number(default, precision=0 if kind is int else None, placeholder=label("own"), **shown)
     return gr.Textbox("", max_lines=1, **shown) if get_origin(kind) is dict else None
-
-
-def _is_open(component: Any) -> bool:
-    return isinstance(component, gr.Number) and component.value is None
 
 
 def _plot(points: list[tuple[int, str, float]]) -> Any:

@@ -52,8 +52,7 @@ class Workflows:
         gr.on([self.workflow.change], self._note_missing, [self.workflow, session], [self.error], **QUIET)
         self.drop.upload(self._take_drop, [self.drop, self.workflow], [*self._opened, self.drop], **QUIET)
         self.example.input(self._take_example, [self.example, session, self.workflow], self._opened, **QUIET)
-        opened = [self.workflow, self.files, self.files_error]
-        self.files.upload(self._take_files, [self.files, session, self.workflow], opened, **QUIET)
+        self.files.upload(self._take_files, [self.files, session, self.workflow], [self.workflow, self.files], **QUIET)
 
     # What is on the screen.
 
@@ -69,7 +68,6 @@ class Workflows:
         form = gr.Column(elem_id="wf-form")
         with gr.Accordion(label("wf_files"), open=False, elem_id="wf-files"):
             self.files = parts.drop_line("wf_files_hint", "wf-files-drop", file_types=_LOADED, file_count="multiple")
-            self.files_error = parts.error_line()
         with form:
             gr.render([self.workflow, self._session], [self.workflow.change], show_progress="hidden")(self._lay_form)
 
@@ -218,7 +216,7 @@ class Workflows:
         for path in paths:
             self._keep_file(session, Path(path))
         again = {self.workflow: {**workflow, "turn": workflow["turn"] + 1}} if workflow else {}
-        return {**again, self.files: None, self.files_error: ""}
+        return {**again, self.files: None}
 
     def fault(self, api: Any, session: str) -> Any:
         """Why the workflow will not run, if it will not."""

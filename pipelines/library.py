@@ -419,8 +419,8 @@ class Library:
                 f"{self.path}: its features are by {known['encoder']} ({known['fingerprint'][:19]}…), and"
                 f" {self._encoder} is {found[:19]}… here; give that encoder, or add the pictures to a new library"
             )
-        folder = Path(self._encoder).expanduser()
-        place = str(folder.absolute()) if folder.exists() else self._encoder  # a name, a hub id
+        is_folder = self._encoder != EMBEDDED and _folder(self._encoder).exists()
+        place = str(_folder(self._encoder).absolute()) if is_folder else self._encoder  # a name, a hub id
         return known or {"encoder": place, "fingerprint": found, "reads": reads}
 
     @cached_property

@@ -163,6 +163,13 @@ def test_a_hub_id_is_fetched_before_it_is_asked_for_its_commit(here: Path, monke
     assert asked == ["_reads", "_encoder_print"]
 
 
+def test_a_folder_called_as_the_embedded_encoder_is_not_taken_for_it(here: Path) -> None:
+    (here / "embedded").mkdir()
+    Library("library.sqlite").add(save_pictures(here / "pictures", {"fox": []}), progress=False)
+    with sqlite3.connect("library.sqlite") as data:
+        assert data.execute("SELECT value FROM facts WHERE name = 'encoder'").fetchone() == ("embedded",)
+
+
 def test_words_find_captions_where_the_encoder_reads_none(here: Path) -> None:
     library = Library()
     library.add(save_pictures(here / "pictures"), progress=False)

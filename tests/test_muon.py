@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mahlstick.training.muon import Muon, orthogonalised
 
@@ -106,3 +107,17 @@ def test_a_step_is_as_long_either_way_round(shape: tuple[int, int]) -> None:
     Muon(net, 1e-2, (0.9, 0.999), 0.0).step()
     step = (net.weight.detach() - before).square().mean().sqrt()
     assert 0.6 * 0.2e-2 < float(step) < 1.3 * 0.2e-2
+
+
+def test_processes_share_no_work_where_there_is_no_matrix() -> None:
+    """Such as in a LoRA, whose matrices are all narrow."""
+    net = nn.Linear(64, 4)
+    optimiser = Muon(net, **SETTINGS)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        net.weight.grad = torch.ones_like(net.weight)
+        before = net.weight.detach().clone()
+        optimiser.step()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not torch.equal(net.weight, before)

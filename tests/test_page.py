@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import gradio as gr
@@ -26,6 +27,7 @@ from mahlstick.page.create import Create
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Cancelled, Jobs, pictures
 from mahlstick.page.limits import BodyLimit
+from mahlstick.page.making import Begun, Maker
 from mahlstick.page.models import Models
 from mahlstick.page.sentences import translated
 from mahlstick.page.units import SLIDERS, _shown_options
@@ -244,6 +246,7 @@ def test_chinese_browsers_read_chinese(tmp_path):
         with pytest.raises(MahlstickError) as caught:
             make()
         assert translated(str(caught.value), browser) != str(caught.value)
+    assert ":" not in translated("walk.mp4: holds no recipe; only a clip that", browser)
     assert translated("nobody has met this", browser) == "nobody has met this"
 
 
@@ -313,6 +316,62 @@ def test_a_job_is_stopped_within_a_step_and_leaves_the_model_as_it_was(jobs, tmp
             job.future.result(10)
     assert long.step < 100 and waiting.step == 0
     assert made() == first
+
+
+class Slow(Maker):
+    """What takes long to begin, and holds the queue until it is let go."""
+
+    errors, result = [], []
+
+    def __init__(self, jobs, history, session):
+        super().__init__(jobs, history, session)
+        self.status, self.may_begin, self.may_end, self.began = gr.HTML(), Event(), Event(), []
+
+    def begin(self, values, session, browser):
+        assert self.may_begin.wait(10)
+        return Begun(lambda job, loader, **_: self.began.append(job) or self.may_end.wait(10))
+
+    def made(self, found, values, session, browser):
+        return {self.status: "made"}
+
+
+@pytest.fixture
+def slow(jobs, tmp_path):
+    with gr.Blocks():
+        found = Slow(jobs, History(tmp_path), gr.BrowserState(None))
+    yield found
+    found.may_end.set()
+
+
+def test_what_is_cancelled_before_it_is_in_the_queue_is_not_made(slow):
+    async def last():
+        shown = slow.make({slow._session: "me"}, None)
+        await anext(shown)
+        await slow.cancel_all("me")
+        slow.may_begin.set()
+        slow.may_end.set()
+        then = slow.make({slow._session: "me"}, None)
+        return [[each async for each in some][-1][slow.status] for some in (shown, then)]
+
+    cancelled, next_one = asyncio.run(last())
+    assert "Cancelled" in cancelled and next_one == "made" and len(slow.began) == 1
+
+
+def test_what_waits_behind_others_is_cancelled_at_once(slow, jobs):
+    slow.may_begin.set()
+    before = jobs.submit(lambda job, loader, **_: slow.may_end.wait(30))
+
+    async def last():
+        shown = slow.make({slow._session: "me"}, None)
+        while "Waiting" not in (await anext(shown))[slow.status]:
+            pass
+        await slow.cancel_all("me")
+        return [each async for each in shown][-1][slow.status]
+
+    assert "Cancelled" in asyncio.run(last()) and not before.future.done()
+    slow.may_end.set()
+    before.future.result(10)
+    assert slow.began == []
 
 
 def test_sessions_are_apart_and_are_found_again(tmp_path):

@@ -133,7 +133,7 @@ def test_a_grid_is_cancelled_within_a_step_and_keeps_what_is_made(page):
     while job.step < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert job.total == 901 and job.preview.width > 2 * 100
-    page.compare.cancel_all("hasty")
+    asyncio.run(page.compare.cancel_all("hasty"))
     with pytest.raises(Cancelled):
         job.future.result(60)
     assert job.step < 300

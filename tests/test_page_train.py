@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import stat
 import time
 import zipfile
@@ -111,9 +112,14 @@ def until(happened: Any) -> None:
 
 
 def test_a_run_is_begun_stopped_found_again_and_finished(tab: Train, me: str) -> None:
-    begun = start(tab, me, **settings(tab, steps=2000, checkpoint_every=2000))
-    assert not any(begun.get(line) for line in tab._errors), begun
     run = Run(tab._history.results(me), "my-net")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it runs in the background
+    try:
+        begun = start(tab, me, **settings(tab, steps=2000, checkpoint_every=2000))
+        until(lambda: run.state == "running")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not any(begun.get(line) for line in tab._errors), begun
     until(lambda: run.step >= 2)
     view = tab._view(me, "my-net", None)  # type: ignore[arg-type]
     assert "Step" in view[tab.status] and "2000" in view[tab.status] and "about " in view[tab.status]

@@ -459,15 +459,18 @@ def test_a_kill_between_checkpoint_and_validation_has_it_made_again(pictures: Pa
     assert (out / "log.jsonl").read_text() == log
 
 
-def test_ctrl_c_finishes_the_step_and_keeps_it(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", [2, 3], ids=["between lines of the log", "at a line of the log"])
+def test_ctrl_c_finishes_the_step_and_keeps_it(
+    last: int, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fields: dict[str, Any] = {"steps": 4, "checkpoint_every": 100, "log_every": 3, "ema": 0.9}
     whole = train(config("controlnet", pictures, tmp_path / "whole", **fields), pipe())
     took = iter(range(1, 5))
     with monkeypatch.context() as patch:
-        patch.setattr(ControlNetTask, "stepped", lambda _: next(took) == 2 and signal.raise_signal(signal.SIGINT))
+        patch.setattr(ControlNetTask, "stepped", lambda _: next(took) == last and signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(config("controlnet", pictures, tmp_path / "parts", **fields), pipe())
-    assert Checkpoints(tmp_path / "parts" / "checkpoints", 2).newest() == 2
+    assert Checkpoints(tmp_path / "parts" / "checkpoints", 2).newest() == last
     parts = train(config("controlnet", pictures, tmp_path / "parts", **fields), pipe())
     assert same(whole, parts)
     losses = [

@@ -155,15 +155,15 @@ class Loop:
             with finished_first():
                 loss, norm = self.step(batch)
                 self.losses.append(loss)
-            seen += config.batch
-            bar.update()
-            step = progress.step
-            if step % config.log_every == 0 or step == config.steps:
-                speed = seen / (time.monotonic() - began)
-                mean = float(self._shared_losses().nanmean())
-                self._log(loss=mean, norm=norm, rate=optimisers.rate(config, step - 1), pictures_per_second=speed)
-                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} pictures/s")
-                self.losses = []
+                seen += config.batch
+                bar.update()
+                step = progress.step
+                if step % config.log_every == 0 or step == config.steps:
+                    speed = seen / (time.monotonic() - began)
+                    mean = float(self._shared_losses().nanmean())
+                    self._log(loss=mean, norm=norm, rate=optimisers.rate(config, step - 1), pictures_per_second=speed)
+                    bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} pictures/s")
+                    self.losses = []
             if step % config.checkpoint_every == 0 or step == config.steps:
                 self.save()
             if self._validation_is_due():

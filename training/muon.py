@@ -93,7 +93,7 @@ def orthogonalised_together(wide: Sequence[Tensor]) -> Iterable[Tensor]:
         indices = list(alike)
         for i, x in zip(indices, orthogonalised(torch.stack([wide[i] for i in indices])), strict=True):
             turned[i] = x
-    if world == 1:
+    if world == 1 or not turned:
         return turned
     flat = torch.cat([x.flatten() for x in turned])
     dist.all_reduce(flat)  # all but one process have zeros
