@@ -199,8 +199,13 @@
         close();
         this.receive([still.toDataURL("image/png")]);
       });
+      shoot.disabled = true; // until there is a picture to take
+      video.addEventListener("loadeddata", () => {
+        shoot.disabled = false;
+        shoot.focus();
+      });
       this.screen.append(view);
-      shoot.focus();
+      stop.focus();
     }
   }
 

@@ -270,6 +270,18 @@ def test_pictures_count_though_paint_is_pressed_while_they_are_being_read(visit,
     assert open_picture(request.image_prompts[0].images[0], "").tobytes() == pixels(references[1]).tobytes()
 
 
+# A camera opened, and whether its button could be pressed when it appeared.
+CAN_TAKE_AT_ONCE = """button => new Promise(done => {
+  const canvas = button.closest("#control-0-picture");
+  const look = (_, observer) => {
+    const take = canvas.querySelector(".canvas-camera button");
+    if (take) { observer.disconnect(); done(!take.disabled); }
+  };
+  new MutationObserver(look).observe(canvas, { childList: true, subtree: true });
+  button.click();
+})"""
+
+
 def test_the_tools_of_a_canvas(visit):
     page = visit()
     page.get_by_role("button", name="Controls").click()
@@ -298,7 +310,7 @@ def test_the_tools_of_a_canvas(visit):
     page.wait_for_timeout(300)
     assert ink(canvas) == square
 
-    tool("Take a photo").click()
+    assert tool("Take a photo").evaluate(CAN_TAKE_AT_ONCE) is False, "the camera has shown nothing yet"
     canvas.get_by_role("button", name="Take it").click()
     shown = canvas.locator(".canvas-stage img:visible")
     shown.wait_for()
