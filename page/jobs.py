@@ -117,7 +117,7 @@ class Jobs:
 
     def submit(self, work: Work, owner: str | None = None, is_training: bool = False) -> Job:
         """Puts work in the queue; ``owner`` is who may cancel it. Raises :class:`MahlstickError` where that is full."""
-        if len(self._line) >= WAITING_LIMIT:
+        if sum(not job.is_cancelled for job in self._line.copy()) >= WAITING_LIMIT:
             raise MahlstickError("too many pictures are waiting; try again in a minute")
         job = Job(work, owner, is_training)
         self._line.append(job)
@@ -131,9 +131,11 @@ class Jobs:
                 job.cancel()
 
     def ahead(self, job: Job) -> int:
-        """How many are made before it."""
+        """How many are made before it: the one at work, and those that are not cancelled while they wait."""
         line = self._line.copy()
-        return line.index(job) if job in line else 0
+        if job not in line:
+            return 0
+        return sum(i == 0 or not other.is_cancelled for i, other in enumerate(line[: line.index(job)]))
 
     @property
     def trains(self) -> bool:

@@ -27,7 +27,7 @@ State = Literal["waiting", "running", "stopped", "done", "failed"]
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 REFRESH = 0.5  # seconds between two looks at a process
-TAIL = 1 << 16  # bytes of a process's words that are looked at
+TAIL = 1 << 16  # bytes of a process's words, and of its log, that are looked at
 
 # `mahlstick`, which Ctrl-C stops even where the page's own shell has it ignored.
 _TRAIN = """
@@ -97,8 +97,11 @@ class Run:
 
     @property
     def step(self) -> int:
-        figures = self.figures()
-        return int(figures[-1]["step"]) if figures else 0
+        """The last one of its log."""
+        for line in reversed(_end(self.out / "log.jsonl")):
+            for figures in _lines(line):  # none where it is being written
+                return int(figures["step"])
+        return 0
 
     def losses(self) -> list[tuple[int, str, float]]:
         """Step, which loss, value."""
@@ -194,13 +197,7 @@ class Run:
 
     def _words(self) -> list[str]:
         """The end of what the process said."""
-        path = self._beside("log")
-        if not path.is_file():
-            return []
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            text = file.read().decode("utf-8", errors="replace")
-        return text.splitlines()
+        return _end(self._beside("log"))
 
     def _kept(self) -> dict[str, Any]:
         path = self._beside("state.json")
@@ -231,6 +228,15 @@ def _lives(noted: dict[str, Any] | None) -> bool:
         return bool(process.create_time() == noted["since"] and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def _end(path: Path) -> list[str]:
+    """The last lines of a file, the first of them perhaps cut; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        return file.read().decode("utf-8", errors="replace").splitlines()
 
 
 def _lines(text: str) -> Iterator[dict[str, float]]:

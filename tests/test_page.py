@@ -374,6 +374,21 @@ def test_what_waits_behind_others_is_cancelled_at_once(slow, jobs):
     assert slow.began == []
 
 
+def test_what_is_cancelled_while_it_waits_leaves_its_place_to_those_behind(jobs, monkeypatch):
+    monkeypatch.setattr("mahlstick.page.jobs.WAITING_LIMIT", 3)
+    may_end = Event()
+    works, waits, last = [jobs.submit(lambda job, loader, **_: may_end.wait(30)) for _ in range(3)]
+    assert [jobs.ahead(job) for job in (works, waits, last)] == [0, 1, 2]
+    with pytest.raises(MahlstickError, match="too many"):
+        jobs.submit(lambda job, loader, **_: None)
+    waits.cancel()
+    assert jobs.ahead(last) == 1
+    new = jobs.submit(lambda job, loader, **_: None)
+    assert jobs.ahead(new) == 2
+    may_end.set()
+    new.future.result(10)
+
+
 def test_sessions_are_apart_and_are_found_again(tmp_path):
     history = History(tmp_path)
     pipe_free = type("Result", (), {"save": lambda self, folder: [_saved(folder)]})()

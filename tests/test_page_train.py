@@ -24,7 +24,7 @@ from mahlstick.page import datasets
 from mahlstick.page.history import History
 from mahlstick.page.jobs import WAITING_LIMIT, Cancelled, Jobs
 from mahlstick.page.models import Models, trained
-from mahlstick.page.runs import Run, runs
+from mahlstick.page.runs import TAIL, Run, runs
 from mahlstick.page.train import Train
 from mahlstick.training.checkpoint import Checkpoints
 from mahlstick.training.config import TrainConfig
@@ -312,6 +312,15 @@ def test_a_run_is_removed_for_good_but_not_while_it_is_at_work(tab: Train, tmp_p
     shown = tab._remove_run(me, "mine", None)  # type: ignore[arg-type]
     assert shown[tab.run]["value"] == "mine.log" and runs(run.folder) == [longer] and longer.out.is_dir()
     assert [path for path in run.folder.rglob("mine*") if not path.name.startswith("mine.log")] == []
+
+
+def test_a_step_is_read_from_the_end_of_a_long_log_whose_last_line_is_being_written(tmp_path: Path) -> None:
+    run = Run(tmp_path, "long")
+    assert run.step == 0
+    run.out.mkdir()
+    lines = "".join(f'{{"step": {step}, "loss": 0.0123456789}}\n' for step in range(1, 5001))
+    (run.out / "log.jsonl").write_text(lines + '{"step": 50')
+    assert len(lines) > 2 * TAIL and run.step == 5000
 
 
 def test_an_archive_is_removed_but_not_while_a_run_reads_it(
