@@ -27,7 +27,7 @@ _TEXTS = {
     "steps": ("Steps", "步数"),
     "guidance": ("Guidance", "引导强度"),
     "sampler": ("Sampler", "采样器"),
-    "own_sampler": ("the model's own", "模型默认"),
+    "own_sampler": ("model's own", "模型默认"),
     "seed": ("Seed", "随机种子"),
     "seed_hint": ("new each time", "每次随机"),
     "dice": ("Random", "随机"),

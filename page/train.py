@@ -35,12 +35,14 @@ PLOT_HEIGHT = 280  # pixels
 _TASKS = ("controlnet", "ip-adapter", "lora", "motion", "qformer")
 _ANNOTATOR = "canny"
 # Fields that have a place of their own, that name files, or that are of no use here.
-_NOT_LISTED = {"task", "data", "out", "base", "steps", "batch", "rate", "resolution", "annotator", "tracker"}
+_NOT_LISTED = {"task", "data", "out", "base", "steps", "batch", "rate", "resolution", "annotator", "tracker",
+               "decoder_only", "latent_noise", "locked_image"}  # fmt: skip
 _LOOKING = ("ip-adapter", "qformer")
 _OF_TASK = {
     "annotator_options": ("controlnet",), "projector": ("ip-adapter",), "tokens": _LOOKING, "depth": _LOOKING,
     "heads": _LOOKING, "join": ("ip-adapter",), "image_layer": _LOOKING, "image_dropout": ("ip-adapter",),
     "momentum": ("qformer",), "frames": ("motion",), "fps": ("motion",), "positions": ("motion",), "norm": ("motion",),
+    "mid_block": ("motion",),
     "rank": ("lora",), "train_text": ("lora",),
 }  # fmt: skip
 _OF_DATA = ("data", "control", "reference")

@@ -217,12 +217,13 @@ def test_the_result_is_the_same_in_diffusers(clips: Path, tmp_path: Path) -> Non
 
 
 def test_another_module_is_gone_on_from(clips: Path, tmp_path: Path) -> None:
-    first = train(config(clips, tmp_path / "first", positions="learned", norm="frame", steps=1), pipe())
+    fresh = {"positions": "learned", "norm": "frame", "mid_block": False}
+    first = train(config(clips, tmp_path / "first", **fresh, steps=1), pipe())
     unmoved = train(config(clips, tmp_path / "unmoved", start=str(first), steps=1, rate=1e-12), pipe())
     one, other = weights(first), weights(unmoved)
     assert one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
     module = ms.MotionAdapter.from_pretrained(unmoved)
-    assert (module.config["positions"], module.config["norm"]) == ("learned", "frame")
+    assert (module.config["positions"], module.config["norm"], module.mid_block) == ("learned", "frame", None)
     short = train(config(clips, tmp_path / "short", frames=2, steps=1), pipe())
     with pytest.raises(ms.MahlstickError, match="tells 2 apart, not 4"):
         MotionTask(config(clips, tmp_path, start=str(short)), pipe())

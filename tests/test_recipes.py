@@ -250,6 +250,15 @@ def test_judges_are_classifiers_that_evaluate_reads(tmp_path: Path, monkeypatch:
     others = [i % 5 == 0 for i in range(40)]
     right = judge.train(files, {"colours": colours}, others, tmp_path, tmp_path / "judges")
     assert right == {"colours": 1.0}
+    monkeypatch.setattr(judge, "TUNING_STEPS", 2)
+    monkeypatch.setattr(judge, "TUNING_RATE", 1e-5)
+    with torch.random.fork_rng():
+        assert judge.train(files, {"tuned": colours}, others, tmp_path, tmp_path / "judges", True)["tuned"] > 0.5
+    tuned = MobileNetV2ForImageClassification.from_pretrained(tmp_path / "judges" / "tuned")
+    first = next(network.parameters())  # the network itself is as it was
+    assert not torch.equal(next(tuned.parameters()), first)
+    head_alone = MobileNetV2ForImageClassification.from_pretrained(tmp_path / "judges" / "colours")
+    assert torch.equal(next(head_alone.parameters()), first)
     classifier = Classifier.load(str(tmp_path / "judges" / "colours"))
     assert classifier.names == ("blue", "green", "red")
     named = [classifier.names[i] for i in classifier.scores(files).argmax(1)]

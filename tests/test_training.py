@@ -193,6 +193,32 @@ def test_a_decoder_learns_for_latents_that_stay(pictures: Path, tmp_path: Path) 
         assert (before.decode(old.mean).sample - after.decode(old.mean).sample).abs().max() > 1e-3
 
 
+def test_a_decoder_sees_latents_as_noisy_as_asked(pictures: Path, tmp_path: Path) -> None:
+    """The noise's deviation is |N(0, τ²)|, with mean τ √(2/π), in the UNet's units."""
+    base = pipe()
+    factor = base.vae.config.scaling_factor
+
+    def deviations(noise: float) -> torch.Tensor:
+        fields = {"decoder_only": True, "latent_noise": noise}
+        task = TASKS_BY_NAME["vae"](config("vae", pictures, tmp_path, **fields), base)
+        lots = torch.Generator().manual_seed(0)
+        return torch.stack([task.draw({}, lots)["deviation"] for _ in range(500)]) * factor
+
+    assert deviations(0.0).abs().max() == 0
+    assert deviations(0.3).min() >= 0
+    assert deviations(0.3).mean() == pytest.approx(0.3 * (2 / torch.pi) ** 0.5, rel=0.1)
+
+    task = TASKS_BY_NAME["vae"](config("vae", pictures, tmp_path, decoder_only=True), base)
+    seen: list[torch.Tensor] = []
+    task.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.randint(256, (1, 3, tiny.SIZE, tiny.SIZE), dtype=torch.uint8)
+    batch = {name: value[None] for name, value in task.draw({}, torch.Generator().manual_seed(0)).items()}
+    for deviation in (0.0, 1.0, 2.0):
+        task({**batch, "pixels": x, "deviation": torch.full((1, 1, 1, 1), deviation)})
+    plain, one, two = seen
+    assert (two - plain).norm() > 1.5 * (one - plain).norm() > 0
+
+
 @pytest.mark.parametrize("task", ["controlnet", "ip-adapter", "lora"])
 def test_a_run_goes_on_with_its_own_unet_alone(task: str, pictures: Path, tmp_path: Path) -> None:
     train(config(task, pictures, tmp_path / "out", steps=2), pipe())
@@ -568,6 +594,7 @@ def test_what_is_repeated_is_learned_from_more_often(tmp_path: Path) -> None:
         ("lora --data d --out o --annotator-options low", "give NAME=VALUE"),
         ("lora --data d --out o --start scratch", "a lora starts fresh by itself"),
         ("vae --data d --out o --start scratch --decoder-only", "decoder_only is for a vae that is not from scratch"),
+        ("vae --data d --out o --latent-noise 0.2", "latent_noise is for a decoder alone"),
         ("clip --data d --out o --train-text", "train_text is for a base or a LoRA; a clip learns without"),
         ("lora --config none.toml", "none.toml: cannot be read"),
     ],

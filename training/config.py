@@ -83,7 +83,14 @@ class TrainConfig(Spec):
         "clip", description="what a fresh motion module normalises over: the clip, as diffusers does, or each frame by"
         " itself, as AnimateDiff's own do"
     )  # fmt: skip
+    mid_block: bool = Field(
+        True, description="a fresh motion module acts in the UNet's middle too, as AnimateDiff's v2 does"
+    )
     decoder_only: bool = Field(False, description="a VAE's encoder stays, and with it the latents that a UNet knows")
+    latent_noise: float = Field(
+        0.0, ge=0, le=10, description="with decoder_only: how noisy latents are that a decoder learns to make clean"
+        " pictures from, in the UNet's latents' units"
+    )  # fmt: skip
     locked_image: bool = Field(False, description="a CLIP's image encoder stays, and its text encoder learns to match")
     rank: int = Field(8, ge=1, le=1024, description="of a LoRA")
     train_text: bool = Field(False, description="a LoRA or a base learns in the text encoders too")
@@ -134,6 +141,8 @@ class TrainConfig(Spec):
             raise ValueError(f"train_text is for a base or a LoRA; a {self.task} learns without, so leave it out")
         if self.decoder_only and (self.task != "vae" or self.start == "scratch"):
             raise ValueError("decoder_only is for a vae that is not from scratch; leave it out")
+        if self.latent_noise and not self.decoder_only:
+            raise ValueError("latent_noise is for a decoder alone; say decoder_only too, or leave it out")
         if self.locked_image and (self.task != "clip" or self.start == "scratch"):
             raise ValueError("locked_image is for a clip that is not from scratch; leave it out")
         if self.momentum and self.task != "qformer":

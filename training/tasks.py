@@ -560,7 +560,12 @@ class MotionTask(DiffusionTask):
         else:
             heads = heads_of(unet, pairs=config.positions == "rotary")
             self.motion = MotionAdapter.from_unet(
-                unet, config.frames, positions=config.positions, heads=heads, norm=config.norm
+                unet,
+                config.frames,
+                positions=config.positions,
+                heads=heads,
+                mid_block=config.mid_block,
+                norm=config.norm,
             ).float()
         self.motion.requires_grad_(True)
         self.attachment = self.motion.attach(unet, config.frames)
@@ -758,7 +763,8 @@ class LoraTask(DiffusionTask):
 
 class VAETask(Task):
     """The autoencoder: L1 of the picture and of its gradients, and a little KL (2112.10752, G). The decoder alone may
-    learn, for a base whose UNet knows the latents.
+    learn, for a base whose UNet knows the latents; with ``latent_noise`` τ it learns on latents with noise of deviation
+    σ ~ |N(0, τ²)| (2510.11690, noise-augmented decoding), as those that a UNet makes are never free of it.
 
     From scratch, colours are left for last, and everything is brown for long. So there a linear layer, which is not
     saved, reads each block's mean colour off its latent, and the result is compared by blocks as well.
@@ -796,13 +802,15 @@ class VAETask(Task):
     def draw(self, features: Features, random: torch.Generator) -> Features:
         side = self.resolution // self.factor
         noise = torch.randn(self.vae.config.latent_channels, side, side, generator=random)
-        return features | {"noise": noise}
+        deviation = self.config.latent_noise * torch.randn(1, 1, 1, generator=random).abs()
+        return features | {"noise": noise, "deviation": deviation / self.vae.config.scaling_factor}
 
     def forward(self, batch: Features) -> Tensor:
         x = batch["pixels"].float() / 127.5 - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.decoder_only):
             posterior = self.vae.encode(x).latent_dist
-        y = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
+        std = torch.hypot(posterior.std, batch["deviation"])
+        y = self.vae.decode(posterior.mean + std * batch["noise"]).sample
         across, down = y.diff(dim=-1) - x.diff(dim=-1), y.diff(dim=-2) - x.diff(dim=-2)
         detail = across.abs().mean((1, 2, 3)) + down.abs().mean((1, 2, 3))
         loss = (y - x).abs().mean((1, 2, 3)) + detail + self.KL * posterior.kl() / posterior.mean[0].numel()

@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from mahlstick.training.recipes.packages import SHADED
 
 CACHE = Path(".cache/recipes")  # where the files of settings look, too
 ASSETS = Path("assets")
-JUDGED = {"concepts": "concept", "styles": "style", "colours": "colour"}
+# The same drawings, once rendered and once with painted shades: at 128 px they look alike, and count as one style.
+LOOKS = dict.fromkeys((SHADED, "gradient"), f"{SHADED}, gradient")
 
 STAGES = {
     "pictures": "fetch the packages with npm and write the folders of pictures",
@@ -133,20 +135,29 @@ def written() -> Path:
 
 
 def teach_judges() -> None:
-    """Judges from the real pictures that training sees.
+    """Judges from the real pictures that training sees; that of styles from the drawings as they are.
 
     How often they are right is taken on pairs of concept and style that they do not learn, one in ten of those beside
     the shaded style, so that every name is learned.
     """
     folder = written() / "learn"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    labels = {name: [row[fact] for row in rows] for name, fact in JUDGED.items()}
-    others = [row["style"] != SHADED and zlib.crc32(f"{row['concept']} {row['style']}".encode()) % 10 == 0
-              for row in rows]  # fmt: skip
-    right = judge.train(
-        [folder / row["file_name"] for row in rows], labels, others, CACHE / "packages", CACHE / "judges"
-    )
+    plain = [row for row in rows if row["file_name"].endswith("-00.png")]
+    right = {
+        **taught(folder, rows, {"concepts": "concept", "colours": "colour"}),
+        **taught(folder, [{**row, "style": LOOKS.get(row["style"], row["style"])} for row in plain],
+                 {"styles": "style"}, whole=True),
+    }  # fmt: skip
     (CACHE / "judges" / "figures.json").write_text(json.dumps(right, indent=1) + "\n")
+
+
+def taught(folder: Path, rows: list[dict[str, Any]], facts: dict[str, str], whole: bool = False) -> dict[str, float]:
+    """How often each judge in ``facts`` is right, which learned to tell that fact of the rows' pictures."""
+    labels = {name: [row[fact] for row in rows] for name, fact in facts.items()}
+    others = [row["style"] not in (SHADED, LOOKS[SHADED])
+              and zlib.crc32(f"{row['concept']} {row['style']}".encode()) % 10 == 0 for row in rows]  # fmt: skip
+    files = [folder / row["file_name"] for row in rows]
+    return judge.train(files, labels, others, CACHE / "packages", CACHE / "judges", whole)
 
 
 def result(run: str, parts: Iterable[str] = ("",)) -> Path:

