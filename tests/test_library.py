@@ -24,6 +24,7 @@ from mahlstick import cli
 from mahlstick.pipelines import library as module
 from mahlstick.pipelines.generate import generate, looked_up, replay
 from mahlstick.pipelines.library import Library, Report, Towers
+from mahlstick.pipelines.load import embedded_folder
 from mahlstick.pipelines.recipe import read_recipe
 from mahlstick.pipelines.request import Found, ImagePromptSpec, Request
 from mahlstick.pipelines.video import video_comment
@@ -62,6 +63,15 @@ def save_siglip(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_clip(tmp_path_factory.mktemp("clip")))
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded image encoder alone, which reads no words."""
+    folder = tmp_path_factory.mktemp("eyes")
+    for part in ("image_encoder", "feature_extractor", "model_index.json"):
+        (folder / part).symlink_to(embedded_folder() / part)
+    return str(folder)
 
 
 @pytest.fixture
@@ -170,8 +180,8 @@ def test_a_folder_called_as_the_embedded_encoder_is_not_taken_for_it(here: Path)
         assert data.execute("SELECT value FROM facts WHERE name = 'encoder'").fetchone() == ("embedded",)
 
 
-def test_words_find_captions_where_the_encoder_reads_none(here: Path) -> None:
-    library = Library()
+def test_words_find_captions_where_the_encoder_reads_none(here: Path, eyes: str) -> None:
+    library = Library(encoder=eyes)
     library.add(save_pictures(here / "pictures"), progress=False)
     searcher = Library()
     hits = searcher.search("watercolour fox", count=3)
@@ -306,7 +316,7 @@ def test_a_library_whose_writer_was_killed_in_the_midst_of_writing_is_read(here:
 
 
 @pytest.mark.parametrize("dies_at", [0, 17, 30])
-def test_killed_at_any_time_it_goes_on_and_holds_the_same(here: Path, dies_at: int) -> None:
+def test_killed_at_any_time_it_goes_on_and_holds_the_same(here: Path, eyes: str, dies_at: int) -> None:
     given = save_pictures(here / "pictures", {f"{i:02}": [f"number {i}"] for i in range(36)})
     child = os.fork()
     if child == 0:  # pragma: no cover
@@ -318,14 +328,14 @@ def test_killed_at_any_time_it_goes_on_and_holds_the_same(here: Path, dies_at: i
             return blob(vectors)
 
         module._blob = dying
-        Library("killed.sqlite").add(given, progress=False)
+        Library("killed.sqlite", eyes).add(given, progress=False)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     held = len(Library("killed.sqlite"))
     assert held == dies_at // 16 * 16, "whole transactions, and nothing else"
-    assert Library("killed.sqlite").add(given, progress=False) == Report(added=36 - held, known=held)
+    assert Library("killed.sqlite", eyes).add(given, progress=False) == Report(added=36 - held, known=held)
     if dies_at == 17:
-        Library("whole.sqlite").add(given, progress=False)
+        Library("whole.sqlite", eyes).add(given, progress=False)
         assert contents(here / "killed.sqlite") == contents(here / "whole.sqlite")
 
 
@@ -338,8 +348,8 @@ def test_what_is_no_picture_is_left_out_and_told(here: Path) -> None:
     assert "is not a picture" in report.skipped[0][1]
 
 
-def test_missing_and_changed_pictures_are_told_and_passed_over(here: Path) -> None:
-    Library().add(save_pictures(here / "pictures"), progress=False)
+def test_missing_and_changed_pictures_are_told_and_passed_over(here: Path, eyes: str) -> None:
+    Library(encoder=eyes).add(save_pictures(here / "pictures"), progress=False)
     (here / "pictures" / "fox.png").unlink()
     picture(seed=9).save(here / "pictures" / "cat.png")
     states = {Path(entry.name).stem: entry.state for entry in Library().pictures()}
@@ -404,19 +414,19 @@ def test_another_encoder_is_refused(here: Path, clip: str) -> None:
         Library().search("fox")
 
 
-def test_errors_name_the_way_out(here: Path, clip: str) -> None:
+def test_errors_name_the_way_out(here: Path, eyes: str) -> None:
     (here / "notes.txt").write_text("no library " * 200)
     with sqlite3.connect("other.sqlite") as other:
         other.execute("CREATE TABLE things (name TEXT)")
     picture().save("bare.png")
-    Library("bare.sqlite").add(["bare.png"], progress=False)
+    Library("bare.sqlite", eyes).add(["bare.png"], progress=False)
     Library("empty.sqlite").add([], progress=False)
     for library, message in {
         "none.sqlite": "none.sqlite: no such library; make one with mahlstick library add FOLDER --into none.sqlite",
         "notes.txt": "cannot be used as a library",
         "other.sqlite": "is no library of mahlstick's",
         "empty.sqlite": "is empty; fill it with mahlstick library add",
-        "bare.sqlite": "no captions, and its encoder .embedded. reads no words; search with a picture, add captions",
+        "bare.sqlite": "no captions, and its encoder .* reads no words; search with a picture, add captions",
     }.items():
         with pytest.raises(ms.MahlstickError, match=message):
             Library(library).search("fox")
@@ -471,8 +481,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_models(tmp_path_factory.mktemp("models"))
 
 
-def test_a_recipe_says_what_was_found_and_makes_it_again(here: Path, models: Path) -> None:
-    Library().add(save_pictures(here / "pictures"), progress=False)
+def test_a_recipe_says_what_was_found_and_makes_it_again(here: Path, models: Path, eyes: str) -> None:
+    Library(encoder=eyes).add(save_pictures(here / "pictures"), progress=False)
     prompt = {"adapter": str(models / "ip"), "search": "fox in watercolour", "library": "library.sqlite"}
     request = Request(prompt="x", base=str(models / "base"), steps=1, seed=3, image_prompts=[prompt])
     assert Request.from_json(request.to_json()) == request
@@ -532,7 +542,7 @@ def test_an_image_prompt_has_pictures_or_words() -> None:
 # the commands
 
 
-def test_the_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(here: Path, capsys: pytest.CaptureFixture[str], eyes: str) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
         code = cli.main(["library", *arguments])
         said = capsys.readouterr()
@@ -543,7 +553,7 @@ def test_the_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture(seed=9).save("single.png")
     Path("single.txt").write_text("a lone wolf")
     Path("broken.png").write_text("x")
-    code, out, err = run("add", "pictures", "single.png", "broken.png", "--into", "styles.sqlite")
+    code, out, err = run("add", "pictures", "single.png", "broken.png", "--into", "styles.sqlite", "--encoder", eyes)
     assert (code, out) == (0, "styles.sqlite  5 pictures added, 0 changed, 0 known, 5 in all\n")
     assert "warning: broken.png is left out: " in err
     code, out, _ = run("search", "a lone wolf", "--library", "styles.sqlite", "--show", "grid.png", "--count", "2")
