@@ -58,9 +58,10 @@ def card(folder: Path, figures: Mapping[str, Any], judges: Mapping[str, float], 
     commands = dict.fromkeys(figures[name]["command"] for name, _, _ in TOLD)
     return f"""# The embedded model
 
-A small Stable Diffusion, {emoji.SIZE} × {emoji.SIZE} px, v-prediction, with a ControlNet for five kinds of control and
-two IP-Adapters. It was trained from scratch on emoji, so that everything in this project can be tried without a model
-hub. It is an ordinary `StableDiffusionPipeline` folder. [The gallery](../../docs/gallery.md) shows what it does.
+A small Stable Diffusion, {emoji.SIZE} × {emoji.SIZE} px, v-prediction, with a ControlNet for five kinds of control,
+two IP-Adapters, a motion module, a CLIP and a captioner. It was trained from scratch on emoji, so that everything in
+this project can be tried without a model hub. It is an ordinary `StableDiffusionPipeline` folder.
+[The gallery](../../docs/gallery.md) shows what it does.
 
 | part | parameters | file (fp16) |
 |---|---|---|
@@ -81,8 +82,8 @@ The weights are released under this project's licence (MIT). Twemoji's pictures 
 contributors.
 
 ## How it was made
-`python -m mahlstick.training.recipes --help` gives the commands in their order. Two CPU cores, float32, shared with
-other work; hours are what the logs of the steps add up to.
+`python -m mahlstick.training.recipes --help` gives the commands in their order. Two CPU cores, bfloat16 and float32,
+shared with other work; hours are what the logs of the steps add up to.
 
 | training | steps | batch | rate | hours | seed |
 |---|---|---|---|---|---|
@@ -91,9 +92,10 @@ other work; hours are what the logs of the steps add up to.
 {remarks.strip()}
 
 ## Figures
-By `mahlstick evaluate`, 20 steps, guidance 4. The judge is a MobileNetV2 with ImageNet's weights and
-linear heads that learned real pictures only; on real pictures that it had not seen it names
+By `mahlstick evaluate`, 20 steps, guidance 4. The judges are MobileNetV2s with ImageNet's weights and linear heads that
+learned real pictures only, and for styles all layers did; of real pictures that they had not seen they name
 {judges["concepts"]:.0%} of the things, {judges["styles"]:.0%} of the styles and {judges["colours"]:.0%} of the colours.
+3D and gradient are the same drawings, shaded by two programs, and count as one style.
 
 | | without | with | true pictures |
 |---|---|---|---|
