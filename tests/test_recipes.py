@@ -231,6 +231,25 @@ def test_the_nets_to_begin_with_are_translated(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
+def test_a_grown_vae_computes_what_it_did() -> None:
+    torch.manual_seed(0)
+    config = {**models.make_vae().config, "block_out_channels": (8, 16, 48, 96), "layers_per_block": 1}
+    small, x = AutoencoderKL.from_config(config).eval(), torch.rand(2, 3, emoji.SIZE, emoji.SIZE) * 2 - 1
+    with torch.no_grad():
+        for p in small.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # normalisations and biases too
+        same, parted = models.grown(small, spread=0.0), models.grown(small)
+        assert dict(same.config) == dict(models.make_vae().config)
+        z = small.encode(x).latent_dist.mean
+        for vae, tolerance in ((same, 1e-5), (parted, 0.2)):
+            assert (vae.encode(x).latent_dist.mean - z).abs().max() < tolerance * z.abs().max()
+            assert (vae.decode(z).sample - small.decode(z).sample).abs().max() < tolerance * z.abs().max()
+    halves = parted.decoder.conv_out.weight.unflatten(1, (-1, 2)).unbind(2)
+    assert not torch.equal(*halves)
+    again = models.grown(same)
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in again.state_dict().items())
+
+
 def test_judges_are_classifiers_that_evaluate_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.35))

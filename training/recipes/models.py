@@ -42,12 +42,12 @@ TOKENS = 32  # longest prompt, in tokens
 
 def make_vae() -> AutoencoderKL:
     """(B, 3, 128, 128) in [−1, 1] ⇄ (B, 8, 16, 16); no attention, for the pictures are small."""
-    channels = (8, 16, 48, 96)
+    channels = (16, 32, 48, 96)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
-        layers_per_block=1,
+        layers_per_block=2,
         latent_channels=LATENTS,
         norm_num_groups=2,  # few channels a group would normalise a flat colour away
         sample_size=SIZE,
@@ -146,9 +146,11 @@ def make_tokenizer(captions: list[str], folder: Path, vocabulary: int = 1600) ->
 
 def start(out: Path, concepts: Sequence[Concept], known: Path | None) -> None:
     """Write the pipeline folder that the trainings begin with: fresh nets; or where ``known``, an earlier model, is
-    given, all that it has, or of one for other latents its UNet, text encoder and tokenizer."""
+    given, all that it has, its VAE grown, or of one for other latents its UNet, text encoder and tokenizer."""
     if known and AutoencoderKL.load_config(known, subfolder="vae")["latent_channels"] == LATENTS:
-        StableDiffusionPipeline.from_pretrained(known, safety_checker=None).save_pretrained(out)
+        pipe = StableDiffusionPipeline.from_pretrained(known, safety_checker=None)
+        pipe.register_modules(vae=grown(pipe.vae))
+        pipe.save_pretrained(out)
         copy_vocabulary(known, out)
         return
     unet = widened(UNet2DConditionModel.from_pretrained(known, subfolder="unet")) if known else make_unet()
@@ -172,6 +174,28 @@ def start(out: Path, concepts: Sequence[Concept], known: Path | None) -> None:
     pipe.save_pretrained(out)
     if known:
         copy_vocabulary(known, out)
+
+
+@torch.no_grad()
+def grown(vae: AutoencoderKL, spread: float = 0.02) -> AutoencoderKL:
+    """The VAE with the channels and blocks of `make_vae`, computing what it did: each channel is there several times,
+    and what reads it takes the mean of the copies (Net2Net, 1511.05641, section 2.3), group by group, so that
+    normalisations see no difference; a new block adds nothing. Where there are new copies, noise of ``spread``
+    deviations parts them, without which they would learn the same."""
+    new, known = make_vae(), vae.state_dict()
+    weights = new.state_dict()
+    for name, fresh in weights.items():
+        if name not in known:
+            weights[name] = torch.zeros_like(fresh) if ".conv2." in name else fresh
+            continue
+        old = known[name].to(fresh)
+        copies = [size // before for size, before in zip(fresh.shape, old.shape, strict=True)]
+        for axis, count in enumerate(copies[:2]):
+            old = old.repeat_interleave(count, axis) / (count if axis else 1)
+        noise = spread * old.std() * torch.randn_like(old) if max(copies) > 1 and old.ndim > 1 else 0
+        weights[name] = old + noise
+    new.load_state_dict(weights)
+    return new.to(vae.device, vae.dtype).eval()
 
 
 def copy_vocabulary(model: Path, new: Path) -> None:
