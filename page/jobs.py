@@ -39,7 +39,7 @@ class Job:
         self.total = 0  # steps of all that is made; 0 until the first one
         self.preview: Image.Image | None = None
         self.future: Future[Any] = Future()
-        self._work = work
+        self._work: Work | None = work
         self._cancelled = threading.Event()
         self._began = 0.0
 
@@ -65,15 +65,17 @@ class Job:
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Stops before the next layer of whichever network is at work."""
+        """Stops before the next layer of whichever network is at work; what waits lets go of what it holds."""
         self._cancelled.set()
+        self._work = None
 
     def run(self, loader: Loader, where: dict[str, Any]) -> Any:
         """What the work returns. Raises :class:`Cancelled`."""
-        if self._cancelled.is_set():
+        work = self._work
+        if work is None:
             raise Cancelled
         with nullcontext() if self.is_training else _interruptible(self._cancelled):
-            return self._work(self, loader, **where)
+            return work(self, loader, **where)
 
 
 def pictures(request: Request, save: Callable[[Result], list[Path]]) -> Work:
@@ -114,13 +116,16 @@ class Jobs:
         self._where = {"device": device, "dtype": dtype}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mahlstick")
         self._line: list[Job] = []
+        self._lock = threading.Lock()  # of the line
 
     def submit(self, work: Work, owner: str | None = None, is_training: bool = False) -> Job:
         """Puts work in the queue; ``owner`` is who may cancel it. Raises :class:`MahlstickError` where that is full."""
-        if sum(not job.is_cancelled for job in self._line.copy()) >= WAITING_LIMIT:
-            raise MahlstickError("too many pictures are waiting; try again in a minute")
         job = Job(work, owner, is_training)
-        self._line.append(job)
+        with self._lock:
+            self._line = [each for i, each in enumerate(self._line) if i == 0 or not each.is_cancelled]
+            if len(self._line) >= WAITING_LIMIT:
+                raise MahlstickError("too many pictures are waiting; try again in a minute")
+            self._line.append(job)
         job.future = self._thread.submit(self._work, job)
         return job
 
@@ -129,6 +134,10 @@ class Jobs:
         for job in self._line.copy():
             if job.owner == owner:
                 job.cancel()
+
+    def works_on(self, job: Job) -> bool:
+        """Whether it is its turn."""
+        return self._line[:1] == [job]
 
     def ahead(self, job: Job) -> int:
         """How many are made before it: the one at work, and those that are not cancelled while they wait."""
@@ -156,7 +165,8 @@ class Jobs:
         try:
             return job.run(self._loader, self._where)
         finally:
-            self._line.remove(job)
+            with self._lock:
+                self._line = [each for each in self._line if each is not job]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ State = Literal["waiting", "running", "stopped", "done", "failed"]
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 REFRESH = 0.5  # seconds between two looks at a process
-TAIL = 1 << 16  # bytes of a process's words, and of its log, that are looked at
+TAIL = 1 << 16  # bytes of a process's words, and of its log.jsonl, that are looked at
 
 # `mahlstick`, which Ctrl-C stops even where the page's own shell has it ignored.
 _TRAIN = """

@@ -53,9 +53,9 @@ async def watch(
     Raises :class:`Cancelled` where it is cancelled before its turn."""
     before = ""
     while not job.future.done():
-        if (ahead := jobs.ahead(job)) and job.is_cancelled:
+        if job.is_cancelled and not jobs.works_on(job):
             raise Cancelled
-        shown = waiting(jobs, ahead, browser) if ahead else stands(job, browser)
+        shown = waiting(jobs, ahead, browser) if (ahead := jobs.ahead(job)) else stands(job, browser)
         if shown != before:
             yield shown
         before = shown

@@ -35,8 +35,7 @@ PLOT_HEIGHT = 280  # pixels
 _TASKS = ("controlnet", "ip-adapter", "lora", "motion", "qformer")
 _ANNOTATOR = "canny"
 # Fields that have a place of their own, that name files, or that are of no use here.
-_NOT_LISTED = {"task", "data", "out", "base", "steps", "batch", "rate", "resolution", "annotator", "tracker",
-               "decoder_only", "latent_noise", "locked_image"}  # fmt: skip
+_NOT_LISTED = {"task", "data", "out", "base", "steps", "batch", "rate", "resolution", "annotator", "tracker"}
 _LOOKING = ("ip-adapter", "qformer")
 _OF_TASK = {
     "annotator_options": ("controlnet",), "projector": ("ip-adapter",), "tokens": _LOOKING, "depth": _LOOKING,

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 import mahlstick as ms
 from mahlstick import annotators
 from mahlstick.errors import MahlstickError
-from mahlstick.page import app, canvas, scripts
+from mahlstick.page import app, canvas, scripts, status
 from mahlstick.page.create import Create
 from mahlstick.page.history import History
 from mahlstick.page.jobs import Cancelled, Jobs, pictures
@@ -384,7 +384,14 @@ def test_what_is_cancelled_while_it_waits_leaves_its_place_to_those_behind(jobs,
     waits.cancel()
     assert jobs.ahead(last) == 1
     new = jobs.submit(lambda job, loader, **_: None)
-    assert jobs.ahead(new) == 2
+    assert jobs.ahead(new) == 2 and waits not in jobs._line
+
+    async def seen():
+        return [shown async for shown in status.watch(jobs, waits, None)]
+
+    with pytest.raises(Cancelled):
+        asyncio.run(seen())
+    assert not waits.future.done()
     may_end.set()
     new.future.result(10)
 
@@ -450,11 +457,11 @@ def test_each_of_many_clients_gets_its_own_result(address):
 
 def test_only_configured_folders_can_be_read_and_only_so_much_can_be_sent(address, page):
     mine = save_png(Image.new("RGB", (8, 8)), page.history.folder("me") / "0001.png")
-    for path, status in ((mine, 200), ("/etc/hostname", 403), (Path("pyproject.toml").resolve(), 403)):
-        assert httpx.get(f"{address}gradio_api/file={path}").status_code == status, path
+    for path, code in ((mine, 200), ("/etc/hostname", 403), (Path("pyproject.toml").resolve(), 403)):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code == code, path
     upload = f"{address}gradio_api/upload"
-    for size, status in ((1 << 20, 200), (33 << 20, 413)):
-        assert httpx.post(upload, files={"files": ("a.png", b"0" * size)}).status_code == status
+    for size, code in ((1 << 20, 200), (33 << 20, 413)):
+        assert httpx.post(upload, files={"files": ("a.png", b"0" * size)}).status_code == code
     told = HTTPConnection(address.removeprefix("http://").strip("/"))
     told.putrequest("POST", "/gradio_api/queue/join")
     told.putheader("content-length", str(300 << 20))

@@ -8,6 +8,7 @@ import random
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,6 +283,47 @@ def test_judges_are_classifiers_that_evaluate_reads(tmp_path: Path, monkeypatch:
     assert classifier.names == ("blue", "green", "red")
     named = [classifier.names[i] for i in classifier.scores(files).argmax(1)]
     assert named == colours
+
+
+def test_judges_learn_from_what_training_sees_and_are_asked_about_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a judge of things no drawing in another shade is a test; of a judge of styles it is, under one name."""
+    monkeypatch.chdir(tmp_path)
+    folder = command.CACHE / "pictures" / "learn"
+    folder.mkdir(parents=True)
+    styles = ("3d", "gradient", "flat")
+    rows = [{"file_name": f"{i}-{style}-{copy}.png", "concept": f"thing {i}", "style": style, "colour": "red"}
+            for i in range(40) for style in styles for copy in ("00", "01")]  # fmt: skip
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told: dict[str, Any] = {}
+
+    def train(files: Any, labels: Any, others: Any, *rest: Any) -> dict[str, float]:
+        told.update({name: (files, of, others, rest[-1]) for name, of in labels.items()})
+        rest[1].mkdir(exist_ok=True)
+        return dict.fromkeys(labels, 0.5)
+
+    monkeypatch.setattr(judge, "train", train)
+    assert command.main(["judges"]) == 0
+    assert json.loads((command.CACHE / "judges" / "figures.json").read_text()) == dict.fromkeys(told, 0.5)
+    asked = {name: {row.name.split("-")[1] for row, other in zip(files, others, strict=True) if other}
+             for name, (files, _, others, _) in told.items()}  # fmt: skip
+    assert asked == {"concepts": {"flat"}, "colours": {"flat"}, "styles": {"gradient", "flat"}}
+    assert [len(files) for files, *_ in told.values()] == [240, 240, 120]
+    assert [whole for *_, whole in told.values()] == [False, False, True]
+    assert set(told["styles"][1]) == {"3d, gradient", "flat"} and told["concepts"][1][0] == "thing 0"
+
+
+def test_what_is_roughened_keeps_its_shape_and_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(3, 3, judge.SIDE, judge.SIDE)
+    torch.manual_seed(0)
+    rough = judge.roughened(x)
+    assert rough.shape == x.shape and not torch.allclose(rough, x, atol=0.05)
+    coarse = torch.nn.functional.avg_pool2d
+    assert (coarse(rough, 80) - coarse(x, 80)).abs().max() < 0.1
+    monkeypatch.setattr(judge, "SPOTS", 0.0)
+    flat = torch.ones(1, 3, judge.SIDE, judge.SIDE)
+    torch.testing.assert_close(judge.roughened(flat), flat)
 
 
 def test_results_are_adopted_whole_or_not_at_all(

@@ -594,7 +594,7 @@ def test_what_is_repeated_is_learned_from_more_often(tmp_path: Path) -> None:
         ("lora --data d --out o --annotator-options low", "give NAME=VALUE"),
         ("lora --data d --out o --start scratch", "a lora starts fresh by itself"),
         ("vae --data d --out o --start scratch --decoder-only", "decoder_only is for a vae that is not from scratch"),
-        ("vae --data d --out o --latent-noise 0.2", "latent_noise is for a decoder alone"),
+        ("vae --data d --out o --latent-noise 0.2", "latent_noise is for a vae with decoder_only"),
         ("clip --data d --out o --train-text", "train_text is for a base or a LoRA; a clip learns without"),
         ("lora --config none.toml", "none.toml: cannot be read"),
     ],

@@ -142,7 +142,7 @@ class TrainConfig(Spec):
         if self.decoder_only and (self.task != "vae" or self.start == "scratch"):
             raise ValueError("decoder_only is for a vae that is not from scratch; leave it out")
         if self.latent_noise and not self.decoder_only:
-            raise ValueError("latent_noise is for a decoder alone; say decoder_only too, or leave it out")
+            raise ValueError("latent_noise is for a vae with decoder_only; give both, or leave it out")
         if self.locked_image and (self.task != "clip" or self.start == "scratch"):
             raise ValueError("locked_image is for a clip that is not from scratch; leave it out")
         if self.momentum and self.task != "qformer":

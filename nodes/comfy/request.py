@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mahlstick.adapters.formats import inspect
 from mahlstick.errors import MahlstickError
 from mahlstick.nodes import builtin
 from mahlstick.nodes.comfy.api import Api
 from mahlstick.nodes.comfy.script import Output, Workflow
 from mahlstick.pipelines import prompts, schedulers
 from mahlstick.pipelines.generate import EMBEDDED_GUIDANCE, INPAINT
-from mahlstick.pipelines.load import adapter_path, embedded_adapters, embedded_folder, read_json
+from mahlstick.pipelines.load import embedded_adapters, embedded_folder, read_json
 from mahlstick.pipelines.request import ControlSpec, ImagePromptSpec, Request
 
 _GUIDANCE = 7.5  # diffusers' default
@@ -236,8 +235,7 @@ class _Writer:
             (image,) = self._call("ImageBatch", image1=image, image2=self._load(other, name))
         inputs = {"model": model, "ipadapter": adapter, "image": image, "weight": spec.scale, "blocks": blocks}
         inputs |= self._percents(spec, timesteps) | self._mask(spec.mask, f"{name}.mask")
-        if _reads(spec.adapter):
-            inputs["prompt"] = self.request.prompt
+        inputs["prompt"] = self.request.prompt  # of which only an adapter that reads it takes notice
         return self._call("MahlstickImagePrompt", **inputs)[0]
 
     def _weights(self, source: Any, kind: str) -> str:
@@ -254,12 +252,6 @@ _USUAL_SCHEDULER = {
     "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False,
 }  # fmt: skip
-
-
-def _reads(adapter: str) -> bool:
-    """Whether an IP-Adapter that is here reads the prompt."""
-    path = Path(adapter_path(adapter))
-    return path.exists() and "vocabulary" in inspect(path).config
 
 
 def _folder(base: str) -> Path | None:

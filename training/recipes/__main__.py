@@ -9,7 +9,7 @@ import random
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,27 +135,27 @@ def written() -> Path:
 
 
 def teach_judges() -> None:
-    """Judges from the real pictures that training sees; that of styles from the drawings as they are.
-
-    How often they are right is taken on pairs of concept and style that they do not learn, one in ten of those beside
-    the shaded style, so that every name is learned.
-    """
+    """Judges from the real pictures that training sees; that of styles from the drawings as they are."""
     folder = written() / "learn"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    plain = [row for row in rows if row["file_name"].endswith("-00.png")]
     right = {
-        **taught(folder, rows, {"concepts": "concept", "colours": "colour"}),
-        **taught(folder, [{**row, "style": LOOKS.get(row["style"], row["style"])} for row in plain],
-                 {"styles": "style"}, whole=True),
-    }  # fmt: skip
+        **taught(folder, rows, {"concepts": "concept", "colours": "colour"}, kept=LOOKS),
+        **taught(folder, [*filter(emoji.is_plain, rows)], {"styles": "style"}, kept=(SHADED,), whole=True),
+    }
     (CACHE / "judges" / "figures.json").write_text(json.dumps(right, indent=1) + "\n")
 
 
-def taught(folder: Path, rows: list[dict[str, Any]], facts: dict[str, str], whole: bool = False) -> dict[str, float]:
-    """How often each judge in ``facts`` is right, which learned to tell that fact of the rows' pictures."""
-    labels = {name: [row[fact] for row in rows] for name, fact in facts.items()}
-    others = [row["style"] not in (SHADED, LOOKS[SHADED])
-              and zlib.crc32(f"{row['concept']} {row['style']}".encode()) % 10 == 0 for row in rows]  # fmt: skip
+def taught(
+    folder: Path, rows: list[dict[str, Any]], facts: dict[str, str], kept: Container[str], whole: bool = False
+) -> dict[str, float]:
+    """How often each judge in ``facts`` is right, which learned to tell that fact of the rows' pictures.
+
+    It is taken on pairs of concept and style that the judges do not learn: one in ten of those in other styles than the
+    ``kept``, so that every name is learned.
+    """
+    labels = {name: [LOOKS.get(row[fact], row[fact]) for row in rows] for name, fact in facts.items()}
+    others = [row["style"] not in kept and zlib.crc32(f"{row['concept']} {row['style']}".encode()) % 10 == 0
+              for row in rows]  # fmt: skip
     files = [folder / row["file_name"] for row in rows]
     return judge.train(files, labels, others, CACHE / "packages", CACHE / "judges", whole)
 

@@ -266,7 +266,7 @@ def write_drawn(below: Path) -> None:
     """The folder ``drawn`` beside ``learn``: its pictures where they lie, a drawing as it is many times and a moved one
     once. For a base: what people ask for is the thing itself, and in ``learn`` one picture in seven shows it."""
     rows = _learned(below)
-    for row in filter(_is_plain, rows):
+    for row in filter(is_plain, rows):
         row["repeats"] = OFTEN_SHADED if row["style"] == SHADED else OFTEN
     _write_rows(below, "drawn", rows)
 
@@ -275,7 +275,7 @@ def write_named(below: Path) -> None:
     """The folder ``named`` beside ``learn``: its pictures where they lie, without the captions in words that nothing is
     called. For a CLIP, which finds nothing in them, and a captioner, which must not learn to write them."""
     _write_rows(
-        below, "named", [row | {"text": row["text"][: None if _is_plain(row) else -1]} for row in _learned(below)]
+        below, "named", [row | {"text": row["text"][: None if is_plain(row) else -1]} for row in _learned(below)]
     )
 
 
@@ -285,7 +285,7 @@ def _learned(below: Path) -> list[dict[str, Any]]:
     return [row | {"file_name": f"../learn/{row['file_name']}"} for row in rows]
 
 
-def _is_plain(row: Mapping[str, Any]) -> bool:
+def is_plain(row: Mapping[str, Any]) -> bool:
     """Whether a row of ``learn`` shows a drawing as it is."""
     return str(row["file_name"]).endswith("-00.png")
 

@@ -1,8 +1,8 @@
-"""Judges of what the embedded model draws, which have no part in its training: linear heads on a MobileNetV2.
+"""Judges of what the embedded model draws, which have no part in its training: MobileNetV2s with linear heads.
 
-Its weights, trained on ImageNet, come as a package; the heads learn to name concepts, styles and colours from the real
-pictures alone. For styles the network below learns on: it was made to tell things, however they are drawn. Each judge
-is a folder that ``mahlstick evaluate --classifier`` reads.
+Their weights, trained on ImageNet, come as a package; the heads learn to name concepts, styles and colours from the
+real pictures alone. For styles the layers below learn on: they were made to tell things, however they are drawn. Each
+judge is a folder that ``mahlstick evaluate --classifier`` reads.
 """
 
 from __future__ import annotations
