@@ -219,6 +219,7 @@ def test_cancel_and_faults(visit, tmp_path):
     page.locator("#paint").click()
     expect(page.get_by_role("alert")).to_have_text("Say what to paint first.")
     fill(page, steps=100, prompt="red apple")
+    page.locator("#settings input[type=number]").nth(1).fill("16")  # pictures: it has to be at work for long
     page.locator("#paint").click()
     page.locator("#status .job img").wait_for()
     assert page.locator("#status .job").evaluate("job => job.scrollHeight <= job.clientHeight + 1")

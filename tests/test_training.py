@@ -187,10 +187,12 @@ def test_a_decoder_learns_for_latents_that_stay(pictures: Path, tmp_path: Path) 
     assert same(whole, train(config("vae", pictures, tmp_path / "parts", **fields), pipe()))
     after = AutoencoderKL.from_pretrained(whole)
     x = torch.rand(2, 3, tiny.SIZE, tiny.SIZE) * 2 - 1
+    known = before.state_dict()
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, known[name]) or not name.startswith(("encoder.", "quant_conv.")), name
     with torch.no_grad():
-        old, new = (vae.encode(x).latent_dist for vae in (before, after))
-        assert torch.equal(old.mean, new.mean) and torch.equal(old.std, new.std)
-        assert (before.decode(old.mean).sample - after.decode(old.mean).sample).abs().max() > 1e-3
+        z = before.encode(x).latent_dist.mean
+        assert (before.decode(z).sample - after.decode(z).sample).abs().max() > 1e-3
 
 
 def test_a_decoder_sees_latents_as_noisy_as_asked(pictures: Path, tmp_path: Path) -> None:
